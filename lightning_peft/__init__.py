@@ -1,0 +1,15 @@
+"""Parameter-efficient fine-tuning for any LightningModule: ``Trainer(callbacks=[PEFT(LoRA(r=8))])``."""
+
+from lightning_peft.engine import AdapterError as AdapterError
+from lightning_peft.engine import disabled as disabled
+from lightning_peft.engine import get_method as get_method
+from lightning_peft.engine import inject as inject
+from lightning_peft.engine import list_methods as list_methods
+from lightning_peft.engine import merge as merge
+from lightning_peft.engine import set_active as set_active
+from lightning_peft.engine import set_trainable as set_trainable
+from lightning_peft.engine import unload as unload
+from lightning_peft.engine import unmerge as unmerge
+from lightning_peft.methods import *  # noqa: F403
+
+__version__ = "0.1.0"

@@ -1,0 +1,29 @@
+"""The engine: puts adapters into any ``nn.Module`` and takes them out again. Knows torch.nn and nothing else."""
+
+from .errors import AdapterError as AdapterError
+from .errors import AdapterFileError as AdapterFileError
+from .errors import MergeError as MergeError
+from .errors import TargetError as TargetError
+from .inject import disabled as disabled
+from .inject import inject as inject
+from .inject import set_active as set_active
+from .inject import set_trainable as set_trainable
+from .merge import merge as merge
+from .merge import unload as unload
+from .merge import unmerge as unmerge
+from .method import METHODS as METHODS
+from .method import Method as Method
+from .method import TargetedMethod as TargetedMethod
+from .method import check_range as check_range
+from .method import get_method as get_method
+from .method import list_methods as list_methods
+from .method import register as register
+from .slots import Adapter as Adapter
+from .slots import Kind as Kind
+from .slots import Layer as Layer
+from .slots import Site as Site
+from .slots import adapters_of as adapters_of
+from .targets import Target as Target
+from .targets import matches as matches
+from .targets import select_parameters as select_parameters
+from .targets import select_targets as select_targets

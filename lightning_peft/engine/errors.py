@@ -1,0 +1,32 @@
+"""Errors that say what happened, what was expected, the nearest valid names, and what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AdapterError(ValueError):
+    """Something about an adapter is wrong; nothing has been changed when it is raised."""
+
+
+class TargetError(AdapterError):
+    """A name or pattern selects nothing, or something that the method cannot adapt."""
+
+
+class MergeError(AdapterError):
+    """An adapter cannot be folded into the base weights."""
+
+
+class AdapterFileError(AdapterError):
+    """An adapter file is torn, foreign, unsafe, or belongs to another model."""
+
+
+def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:
+    """A sentence with the valid names nearest to ``name``, compared by their last parts; may be empty.
+
+    >>> nearest("q_porj", ["layers.0.q_proj", "layers.1.q_proj", "layers.0.mlp"])
+    " Did you mean 'q_proj'?"
+    """
+    parts = name.count(".") + 1
+    tails = dict.fromkeys(".".join(full.split(".")[-parts:]) for full in valid)
+    close = get_close_matches(name, tails, n=n, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

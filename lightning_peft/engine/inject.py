@@ -1,0 +1,287 @@
+"""Injection: put the adapters of a method into a model, switch them, and take them out again."""
+
+import dataclasses
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine import slots
+from lightning_peft.engine.errors import AdapterError, TargetError, nearest
+from lightning_peft.engine.method import Method
+from lightning_peft.engine.readers import readers
+from lightning_peft.engine.slots import Adapter, Layer, adapters_of
+from lightning_peft.engine.targets import Target
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclasses.dataclass
+class Injection:
+    """What one call of `inject` did to a model.
+
+    Args:
+        method: the method that was injected.
+        in_place: base parameter trained in place -> its other value (the base's while the adapter is active, the
+            trained one while it is not), or None if the method keeps no copy.
+        active: whether it acts at present.
+    """
+
+    method: Method
+    in_place: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
+    active: bool = True
+
+
+@dataclasses.dataclass
+class Record:
+    """All that the engine remembers of a model; kept on the module that was given to `inject`.
+
+    Args:
+        injections: adapter name -> what was done.
+        trainable: base parameters that required gradients before the first injection.
+        buffers: persistent buffers of the base as they were before.
+        merged: what `merge` took out, as long as it can be undone.
+    """
+
+    injections: dict[str, Injection] = dataclasses.field(default_factory=dict)
+    trainable: set[str] = dataclasses.field(default_factory=set)
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    merged: Any = None
+
+
+def record_of(model: nn.Module, create: bool = False) -> Record:
+    """The record of ``model`` itself.
+
+    Raises:
+        AdapterError: nothing was injected into this module; the submodule that was adapted instead is named.
+    """
+    if "_peft" not in model.__dict__:
+        if not create:
+            inner = next((n for n, m in model.named_modules() if "_peft" in m.__dict__), None)
+            fix = f"Its submodule {inner!r} is the one that was adapted." if inner else "Call inject(model, method)."
+            raise AdapterError(f"{slots.base_class(model).__name__} has no adapters. {fix}")
+        model.__dict__["_peft"] = Record()
+    return model.__dict__["_peft"]
+
+
+def has_record(model: nn.Module) -> bool:
+    """Whether something was injected into ``model`` itself."""
+    return "_peft" in model.__dict__
+
+
+def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
+    """Put the adapters of ``method`` into ``model`` in place, freeze the rest, and return the model.
+
+    Calling it again with the same method and name adds what is missing (modules built since then) and nothing else.
+    Another ``name`` adds a second set of adapters beside the first; both act until `set_active` says otherwise.
+
+    Args:
+        model: any module with parameters.
+        method: what to inject.
+        name: under which name; neither ``.`` nor ``:`` may occur in it.
+
+    Raises:
+        TargetError: the method finds nothing to adapt, or something that it cannot adapt.
+        AdapterError: the name is taken by another method, or a parameter would be trained by two.
+    """
+    existing = _check(model, method, name)
+    targets = [t for t in method.targets(model) if not _is_occupied(t, name)]
+    parameters = dict(model.named_parameters())  # a tied parameter once
+    in_place = [n for n in method.trained_in_place(model) if not existing or n not in existing.in_place]
+    if not (targets or in_place or existing):
+        raise TargetError(f"{type(method).__name__} found nothing to train in {type(model).__name__}.")
+    _check_in_place(model, in_place)
+    planned = [(target, _new_adapter(method, target, name)) for target in targets]
+    readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
+    _check_readable(planned, readers_of)
+
+    # nothing may fail from here on
+    record = record_of(model, create=True)
+    injection = record.injections.setdefault(name, Injection(method))
+    for (target, adapter), reading in zip(planned, readers_of, strict=True):
+        slots.occupy(target.module, name, adapter)
+        for reader in reading:
+            slots.let_read(reader, target.module)
+    _freeze(model, record)
+    for n in parameters.keys() & set(in_place):
+        parameters[n].requires_grad_(True)
+        injection.in_place[n] = parameters[n].detach().clone() if method.keeps_base else None
+    return model
+
+
+def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Let the adapters of these names act, and no others; which of them train does not change.
+
+    Raises:
+        AdapterError: there is no adapter of that name, or a method that keeps no copy of the base would be left.
+    """
+    record = record_of(model)
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        _known(record, name)
+    for name, injection in record.injections.items():
+        if injection.active != (name in wanted):
+            _check_restorable(injection)
+    for _, module in slots.slots(model):
+        slots.set_active(module, wanted)
+    parameters = dict(model.named_parameters())
+    for name, injection in record.injections.items():
+        if injection.active != (name in wanted):
+            injection.active = not injection.active
+            for n, other in injection.in_place.items():
+                _exchange(parameters[n], other)  # type: ignore[arg-type]
+
+
+def set_trainable(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Let the adapters of these names train, and freeze the others; which of them act does not change.
+
+    Raises:
+        AdapterError: there is no adapter of that name.
+    """
+    record = record_of(model)
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        _known(record, name)
+    parameters = dict(model.named_parameters())
+    for name, injection in record.injections.items():
+        for _, _, adapter in adapters_of(model, name):
+            adapter.requires_grad_(name in wanted)
+        for n in injection.in_place:
+            parameters[n].requires_grad_(name in wanted)
+
+
+@contextmanager
+def disabled(model: ModelT) -> Iterator[ModelT]:
+    """While it lasts, ``model`` answers as the base model.
+
+    Raises:
+        AdapterError: a method trained the base in place and kept no copy of it.
+    """
+    record = record_of(model)
+    active = [name for name, injection in record.injections.items() if injection.active]
+    set_active(model, ())
+    try:
+        yield model
+    finally:
+        set_active(model, active)
+
+
+def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
+    """Give every module its own class back; return name -> the adapters that were on it."""
+    adapted = [(n, m) for n, m in model.named_modules() if slots.is_slot(m)]
+    return {n: held for n, m in adapted if (held := slots.vacate(m)) is not None}
+
+
+def attach_readers(model: nn.Module) -> None:
+    """Let every module that reads an adapted weight see its effective value."""
+    for path, module, adapter in adapters_of(model):
+        for reader in readers(model, path, adapter.site.weight):
+            slots.let_read(reader, module)
+
+
+def _check(model: Any, method: Any, name: str) -> Injection | None:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"inject: expected a torch.nn.Module to adapt, got {type(model).__name__}.")
+    if not isinstance(method, Method):
+        raise AdapterError(f"inject: expected a method such as LoRA(r=8), got {method!r}.")
+    if not name or "." in name or ":" in name:
+        raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
+    if next(model.parameters(), None) is None:
+        raise AdapterError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
+    if not has_record(model):
+        inner = next((n for n, m in model.named_modules() if has_record(m)), None)
+        if inner is not None:
+            raise AdapterError(f"the submodule {inner!r} was adapted before. Inject into that one, or unload it first.")
+        return None
+    record = record_of(model)
+    if record.merged is not None:
+        raise AdapterError("the adapters are merged into the base. unmerge(model) before injecting more.")
+    existing = record.injections.get(name)
+    if existing is not None and existing.method != method:
+        raise AdapterError(
+            f"the adapter name {name!r} is taken by {existing.method}; asked for now: {method}. "
+            "Inject under another name=, or unload(model) first."
+        )
+    return existing
+
+
+def _check_in_place(model: nn.Module, names: list[str]) -> None:
+    taken = {n: a for a, i in record_of(model).injections.items() for n in i.in_place} if has_record(model) else {}
+    for name in names:
+        if name in taken:
+            raise AdapterError(f"{name!r} is trained in place by adapter {taken[name]!r} already: two cannot share it.")
+    by_id: dict[int, list[str]] = {}
+    for n, p in model.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(p), []).append(n)
+    for names_of_one in by_id.values():
+        chosen = [n for n in names_of_one if n in names]
+        others = [n for n in names_of_one if n not in names]
+        if chosen and others:
+            raise AdapterError(
+                f"{chosen[0]!r} is tied to {others[0]!r}: training the one in place would change the other. "
+                "Name both in modules_to_save, or untie them first."
+            )
+
+
+def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list[nn.Module]]) -> None:
+    for (target, adapter), reading in zip(planned, readers_of, strict=True):
+        if not adapter.changes_weights and (target.site.read or reading):
+            reader = slots.base_class(reading[0] if reading else target.module).__name__
+            raise TargetError(
+                f"{type(adapter).__name__} cannot act on {target.name!r}: {reader} reads that weight without calling "
+                "its layer, and this adapter is no change of a weight. Leave it out with exclude_modules."
+            )
+
+
+def _is_occupied(target: Target, name: str) -> bool:
+    return "adapters" in target.module._modules and target.site.key(name) in target.module.adapters  # type: ignore[operator]
+
+
+def _new_adapter(method: Method, target: Target, name: str) -> Adapter:
+    weight = target.module._parameters[target.site.weight]
+    adapter = method.adapter(target)
+    adapter.site = target.site
+    if weight is not None and weight.is_meta:
+        return adapter
+    # a generator of its own: other random numbers stay as they were, and the order of the modules has no influence
+    seed = zlib.crc32(f"{name}/{target.name}".encode()) ^ (torch.initial_seed() & 0xFFFFFFFF)
+    with torch.no_grad():
+        adapter.reset_parameters(Layer(target.module, target.site), torch.Generator().manual_seed(seed))
+    return adapter
+
+
+def _freeze(model: nn.Module, record: Record) -> None:
+    own = {id(p) for _, _, adapter in adapters_of(model) for p in adapter.parameters()}
+    in_place = {n for injection in record.injections.values() for n in injection.in_place}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in own and name not in in_place and parameter.requires_grad:
+            record.trainable.add(name)
+            parameter.requires_grad_(False)
+    persistent = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in persistent and name not in record.buffers and ".adapters." not in f".{name}":
+            record.buffers[name] = buffer.detach().clone()
+
+
+def _check_restorable(injection: Injection) -> None:
+    if any(other is None for other in injection.in_place.values()):
+        raise AdapterError(
+            f"{type(injection.method).__name__} trained the base in place and kept no copy of it, so there is no base "
+            "to go back to. Load the base checkpoint again."
+        )
+
+
+def _exchange(parameter: Tensor, other: Tensor) -> None:
+    with torch.no_grad():
+        kept = parameter.detach().clone()
+        parameter.copy_(other)
+        other.copy_(kept)
+
+
+def _known(record: Record, name: str) -> None:
+    if name not in record.injections:
+        there = ", ".join(record.injections)
+        raise AdapterError(f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there}.")

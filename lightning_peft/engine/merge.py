@@ -1,0 +1,156 @@
+"""Merging: fold the adapters into plain weights, and take them out again without a trace."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine import slots
+from lightning_peft.engine.errors import MergeError
+from lightning_peft.engine.inject import ModelT, attach_readers, detach, record_of, set_active
+from lightning_peft.engine.slots import Adapter, adapters_of
+
+
+@dataclasses.dataclass
+class Merged:
+    """What `unmerge` needs: the adapters, the base parameters they were folded into, and what was active."""
+
+    adapters: dict[str, nn.ModuleDict]
+    parameters: dict[str, dict[str, nn.Parameter | None]]
+    active: tuple[str, ...]
+    frozen: set[str]
+
+
+def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
+    """Fold the active adapters into the base weights in place; what is left are plain modules and their base keys.
+
+    A weight that is tied to another is untied first (a warning says so): the other end keeps its value.
+
+    Args:
+        model: the model that was given to `inject`.
+        keep_base: keep the base weights and the adapters, so that `unmerge` can put them back bit for bit.
+
+    Raises:
+        MergeError: an adapter cannot be merged, or holds NaN or infinite values; nothing has been changed then.
+        AdapterError: nothing was injected into this model.
+    """
+    record = record_of(model)
+    if record.merged is not None:
+        raise MergeError("the adapters are merged already.")
+    active = tuple(name for name, injection in record.injections.items() if injection.active)
+    acting = [(path, module, a) for name in active for path, module, a in adapters_of(model, name)]
+    _check_mergeable(acting)
+    check_finite(acting, MergeError)
+    owners = _owners(model)
+    kept: dict[str, dict[str, nn.Parameter | None]] = {}
+    for path, module in list(slots.slots(model)):
+        new = merged_parameters(module)
+        kept[path] = {name: module._parameters[name] for name in new}
+        for name, value in new.items():
+            old = module._parameters[name]
+            if old is not None and len(owners[id(old)]) > 1:
+                others = [owner for owner in owners[id(old)] if owner != f"{path}.{name}"]
+                warnings.warn(f"merge: {path}.{name} was tied to {', '.join(others)}; it is untied now.", stacklevel=2)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    adapters = detach(model)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trainable or parameter.requires_grad)
+    record.merged = Merged(adapters, kept, active, frozen)
+    if not keep_base:
+        del model.__dict__["_peft"]
+    return model
+
+
+def unmerge(model: ModelT) -> ModelT:
+    """Undo `merge`: the base weights and the adapters are back, bit for bit.
+
+    Raises:
+        MergeError: nothing is merged, or the base was not kept.
+    """
+    record = model.__dict__.get("_peft")
+    if record is None or record.merged is None:
+        raise MergeError("there is nothing to unmerge: merge(model) was not called, or with keep_base=False.")
+    merged: Merged = record.merged
+    modules = dict(model.named_modules())
+    for path, parameters in merged.parameters.items():
+        modules[path]._parameters.update(parameters)
+    for path, held in merged.adapters.items():
+        for key, adapter in held.items():
+            slots.occupy(modules[path], key.partition(":")[0], adapter)  # type: ignore[arg-type]
+        slots.set_active(modules[path], merged.active)
+    attach_readers(model)
+    for name, parameter in model.named_parameters():
+        if name in merged.frozen:
+            parameter.requires_grad_(False)
+    record.merged = None
+    return model
+
+
+def unload(model: ModelT) -> ModelT:
+    """Take all adapters out; the base, its buffers and its ``requires_grad`` are as they were before `inject`.
+
+    Raises:
+        AdapterError: a method trained the base in place and kept no copy of it.
+    """
+    record = record_of(model)
+    if record.merged is not None:
+        unmerge(model)
+    set_active(model, ())
+    detach(model)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in record.buffers:
+                buffer.copy_(record.buffers[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trainable)
+    del model.__dict__["_peft"]
+    return model
+
+
+def merged_parameters(module: Any) -> dict[str, Tensor]:
+    """Name -> value, in the layout and dtype of ``module``, of its parameters with the active adapters folded in.
+
+    Computed in float32 at least and rounded once.
+    """
+    values: dict[str, Tensor] = {}
+    for site in dict.fromkeys(adapter.site for adapter in module.adapters.values()):
+        adapters = slots.active_adapters(module, site.weight)
+        if adapters:
+            weight, bias = site.get(module)
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = weight.to(exact), None if bias is None else bias.to(exact)
+            with torch.no_grad():
+                for adapter in adapters:
+                    weight, bias = adapter.merged(weight, bias)
+                stored = site.store(module, weight, bias)
+            values |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in stored.items()}
+    return values
+
+
+def check_finite(found: list[tuple[str, nn.Module, Adapter]], error: type[Exception]) -> None:
+    """Raise ``error`` for the first adapter that holds NaN or an infinite value."""
+    for path, _, adapter in found:
+        for name, value in adapter.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise error(
+                    f"{path}.{name} holds NaN or infinite values. Training diverged before this: go back to an "
+                    "earlier checkpoint, and lower the learning rate or clip gradients."
+                )
+
+
+def _check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:
+    refused = [(path, reason) for path, _, adapter in acting if (reason := adapter.unmergeable_because()) is not None]
+    if refused:
+        path, reason = refused[0]
+        others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise MergeError(f"the adapter on {path!r}{others} cannot be merged: {reason} Keep it as an adapter.")
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners

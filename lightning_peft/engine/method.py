@@ -1,0 +1,168 @@
+"""Methods: what a paper changes, as frozen hyper-parameters; and the registry of all of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from torch import nn
+
+from lightning_peft.engine.errors import AdapterError, nearest
+from lightning_peft.engine.slots import Adapter, Kind
+from lightning_peft.engine.targets import Target, select_modules, select_parameters, select_targets
+
+Modality = Literal["vision", "text", "diffusion"]
+
+
+class Method(ABC):
+    """One fine-tuning recipe. Subclasses are frozen keyword-only dataclasses that state only what their paper changes.
+
+    What tests, docs and the command line must know of a method is declared on the class; nothing else lists methods.
+
+    Attributes:
+        name: the registry name.
+        family: the folder of the method.
+        paper: where it comes from.
+        modalities: what it is meant for; it may work elsewhere.
+        adapter_types: layer kind -> adapter class that sits on it; empty for methods that only train base parameters.
+        identity_at_init: the adapted model answers as the base model before the first step.
+        mergeable: the change can be folded into the base weights.
+        keeps_base: a copy of the base value is kept of each parameter trained in place, so that ``disabled`` and
+            ``unload`` can give it back.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    paper: ClassVar[str]
+    modalities: ClassVar[tuple[Modality, ...]] = ("vision", "text", "diffusion")
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {}
+    identity_at_init: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Small instances for a net with layers ``q_proj``, ``v_proj`` and ``head``; the tests run over them."""
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The weights of ``model`` that get an adapter."""
+        return []
+
+    def adapter(self, target: Target) -> Adapter:
+        """A new adapter for ``target``, its parameters not yet filled."""
+        return self.adapter_types[target.site.kind](target, self)  # type: ignore[call-arg, arg-type]
+
+    def trained_in_place(self, model: nn.Module) -> list[str]:
+        """Names of the base parameters that are trained as they are."""
+        return []
+
+    def num_trainable(self, target: Target) -> int:
+        """Trainable numbers that the adapter of ``target`` has, by the formula of the paper."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedMethod(Method):
+    """A method that puts one adapter on each of the layers it is told to.
+
+    Args:
+        target_modules: ``"all-linear"`` (every linear layer but the output head), ``"all-layers"`` (every layer the
+            method can adapt but the head), or names, last parts of names, regular expressions, or class names.
+        exclude_modules: patterns of layers that are left out.
+        layers_to_transform: indices of the blocks to adapt; all of them by default.
+        modules_to_save: patterns of modules that are trained whole, beside the adapters; ``"output-head"`` finds the
+            head by itself.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a layer that the method cannot adapt.
+    """
+
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: str | tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+            object.__setattr__(self, field, _frozen(getattr(self, field)))
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The layers chosen by ``target_modules``, less those that are trained whole."""
+        whole = select_modules(model, self.modules_to_save, who=type(self).__name__)
+        found = select_targets(
+            model,
+            tuple(self.adapter_types),
+            self.target_modules,
+            exclude_modules=self.exclude_modules,
+            layers_to_transform=self.layers_to_transform,
+            who=type(self).__name__,
+        )
+        return [t for t in found if not any(f"{t.name}.".startswith(f"{name}.") for name in whole)]
+
+    def trained_in_place(self, model: nn.Module) -> list[str]:
+        """All parameters of ``modules_to_save``."""
+        return select_parameters(model, self.modules_to_save, who=type(self).__name__)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples and classes as their names, so that equal arguments make equal methods that JSON can hold."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    return value.__name__ if isinstance(value, type) else value
+
+
+M = TypeVar("M", bound=type[Method])
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator that makes a method known under ``name``; its family is the folder of its file.
+
+    Raises:
+        AdapterError: the name is taken.
+    """
+
+    def add(cls: M) -> M:
+        if name in METHODS:
+            raise AdapterError(f"the method name {name!r} is taken by {METHODS[name].__qualname__}. Choose another.")
+        cls.name, cls.family = name, cls.__module__.split(".")[-2]
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class of this registry name.
+
+    Raises:
+        AdapterError: there is none; the nearest names are shown.
+    """
+    if name not in METHODS:
+        raise AdapterError(f"unknown method {name!r}.{nearest(name, METHODS)} list_methods() shows all.")
+    return METHODS[name]
+
+
+class MethodRow(NamedTuple):
+    """One row of `list_methods`."""
+
+    name: str
+    cls: type[Method]
+    family: str
+    paper: str
+    mergeable: bool
+    modalities: tuple[Modality, ...]
+
+
+def list_methods() -> list[MethodRow]:
+    """All registered methods, sorted by family and name."""
+    rows = [MethodRow(n, c, c.family, c.paper, c.mergeable, c.modalities) for n, c in METHODS.items()]
+    return sorted(rows, key=lambda row: (row.family, row.name))
+
+
+def check_range(who: str, field: str, value: Any, ok: bool, expected: str) -> None:
+    """Raise an `AdapterError` that names the field, its value and the allowed range, unless ``ok``."""
+    if not ok:
+        raise AdapterError(f"{who}: {field} must be {expected}, got {value!r}.")

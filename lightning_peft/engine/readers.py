@@ -1,0 +1,66 @@
+"""Finds the modules whose forward reads a weight below them without calling its owner.
+
+``F.linear(x, self.qkv.weight)`` inside an attention never calls ``self.qkv``, so an adapter that waits to be called
+there would be silently without effect. The byte code of a forward, and of the methods it uses, shows each such read.
+"""
+
+import dis
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+
+from torch import nn
+
+from lightning_peft.engine.slots import base_class
+
+# asking a weight for these does not use its values
+_HARMLESS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "type"})
+
+
+def readers(model: nn.Module, owner: str, parameter: str) -> list[nn.Module]:
+    """The ancestors of module ``owner`` in ``model`` whose forward reads its ``parameter``."""
+    path = owner.split(".")
+    ancestors = [(model.get_submodule(".".join(path[:depth])), path[depth:]) for depth in range(len(path))]
+    return [module for module, below in ancestors if _reads(base_class(module), below, parameter)]
+
+
+def _reads(cls: type[nn.Module], below: list[str], parameter: str) -> bool:
+    # a read through a local variable or an index does not tell whose weight it is: take it for a child's
+    found = _weights_read(cls)
+    return (below[-1], parameter) in found or (len(below) <= 2 and (None, parameter) in found)
+
+
+@functools.cache
+def _weights_read(cls: type[nn.Module]) -> frozenset[tuple[str | None, str]]:
+    """(attribute that holds the owner, or None, parameter name) of each read below ``cls.forward``."""
+    found, seen, todo = set(), set(), ["forward"]
+    while todo:
+        name = todo.pop()
+        function = inspect.unwrap(getattr(cls, name))
+        if name in seen or not hasattr(function, "__code__"):
+            continue
+        seen.add(name)
+        for code in _nested(function.__code__):
+            found |= set(_reads_in(code))
+            todo += [n for n in code.co_names if callable(getattr(cls, n, None)) and not hasattr(nn.Module, n)]
+    return frozenset(found)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _reads_in(code: CodeType) -> Iterator[tuple[str | None, str]]:
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    steps.append(("", None))
+    for (before, owner), (now, parameter), (after, use) in zip(steps, steps[1:], steps[2:], strict=False):
+        if now != "LOAD_ATTR" or (after in ("LOAD_ATTR", "LOAD_METHOD") and use in _HARMLESS):
+            continue
+        if before == "LOAD_ATTR":
+            yield owner, parameter
+        elif not (before.startswith("LOAD_FAST") and owner == "self"):
+            yield None, parameter

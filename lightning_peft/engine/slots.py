@@ -1,0 +1,305 @@
+"""Slots: how an adapter comes to act inside a module that keeps its class, its names and its parameters.
+
+`occupy` swaps the class of a module in place for a subclass made once per (class, adapted parameter names), and hangs
+the adapter below it as a child of ``adapters``. An adapter acts in one of two ways:
+
+* **when its module is called**: the forward hands the input to the adapters, which call the layer below (`Layer`).
+* **when its weight is read** by a forward that does not call the owner (``nn.MultiheadAttention`` reads
+  ``out_proj.weight``): while that forward runs, the parameter answers with its *effective* value, base plus adapters.
+
+The effective value is visible only while such a forward runs (``_live`` holds its cache, else it is None). At any other
+time ``module.weight`` is the raw parameter: optimizers, checkpoints and sharding never see anything else.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.errors import MergeError
+
+Kind = Literal["linear", "conv", "embedding", "norm"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where on a module an adapter sits: which parameters it changes, and how their module uses them.
+
+    Args:
+        kind: what the parameters compute.
+        weight: name of the weight in its module.
+        bias: name of the bias, or None where the module has no place for one.
+        transposed: the weight is stored (d_in, d_out), as in ``nn.Embedding`` and transformers' ``Conv1D``.
+        read: the module uses the parameters by itself, so that an adapter acts through their effective value only.
+    """
+
+    kind: Kind
+    weight: str = "weight"
+    bias: str | None = "bias"
+    transposed: bool = False
+    read: bool = False
+
+    def key(self, name: str) -> str:
+        """The key of adapter ``name`` below ``adapters``; a module with several weights has one key for each."""
+        return name if self.weight == "weight" else f"{name}:{self.weight}"
+
+    def get(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """The raw weight (d_out, d_in, ...) and bias of ``module``, output axis first whatever the storage."""
+        weight = module._parameters[self.weight]
+        if weight is None:  # a normalisation layer without affine parameters scales by one
+            weight = torch.ones(_channels(module), device=_device(module))
+        bias = module._parameters[self.bias] if self.bias else None
+        return (weight.T if self.transposed else weight), bias
+
+    def store(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """The inverse of `get`: parameter name -> value in the layout and dtype that ``module`` stores."""
+        raw = module._parameters[self.weight]
+        stored = weight.T if self.transposed else weight
+        values = {self.weight: stored if raw is None else stored.to(raw.dtype)}
+        if bias is not None and self.bias is not None:
+            values[self.bias] = bias.to(values[self.weight].dtype)
+        return values
+
+
+class Adapter(nn.Module):
+    """What is injected. Parameters are bare ``nn.Parameter``s, made in ``__init__`` and filled in `reset_parameters`.
+
+    They keep their precision when the model around them is cast to a lower one: a rank-r update in half precision
+    loses small steps, and costs little memory in single precision.
+    """
+
+    site: Site
+
+    def reset_parameters(self, layer: "Layer", generator: torch.Generator) -> None:
+        """Fill the parameters; draw from ``generator`` alone, so that no other random number is touched."""
+
+    def forward(self, x: Any, layer: "Layer") -> Any:
+        """The output of the adapted layer for input ``x``; ``layer(x)`` is the output of what lies below."""
+        raise NotImplementedError(f"{type(self).__name__} acts through weights only: it sits on a module that is read")
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (d_out, d_in, ...) and bias of one plain layer that computes what `forward` does."""
+        raise MergeError(f"{type(self).__name__}: {self.unmergeable_because()}")
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether `merged` is defined, so that a forward that only reads the weight can be adapted."""
+        return type(self).merged is not Adapter.merged
+
+    def unmergeable_because(self) -> str | None:
+        """Why this adapter cannot be folded into its layer, as a sentence; None if it can."""
+        return None if self.changes_weights else f"{type(self).__name__} is not a change of weights."
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            lower = moved.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize
+            return t.to(moved.device) if lower else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class Layer:
+    """What lies below an adapter: the base layer, or the base under the adapters that were put in before."""
+
+    __slots__ = ("module", "site", "_below", "_args", "_kwargs")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        site: Site,
+        below: tuple[Adapter, ...] = (),
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.module, self.site, self._below, self._args, self._kwargs = module, site, below, args, kwargs or {}
+
+    def __call__(self, x: Any) -> Any:
+        if self._below:
+            below = Layer(self.module, self.site, self._below[:-1], self._args, self._kwargs)
+            return self._below[-1](x, below)
+        return _base_forward(self.module, x, *self._args, **self._kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, d_in, ...), the adapters below included."""
+        return effective(self.module, self.site, self._below)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(d_out,) or None, the adapters below included."""
+        return effective(self.module, self.site, self._below)[1]
+
+
+def effective(module: nn.Module, site: Site, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor | None]:
+    """Weight (output axis first) and bias of ``module`` with the change of each adapter applied in order."""
+    weight, bias = site.get(module)
+    for adapter in adapters:
+        weight, bias = adapter.merged(weight, bias)
+    return weight, bias
+
+
+def active_adapters(module: nn.Module, parameter: str) -> tuple[Adapter, ...]:
+    """The adapters that change ``parameter`` of this module at present, in the order of injection."""
+    return tuple(
+        adapter
+        for key, adapter in module._modules["adapters"].items()  # type: ignore[union-attr, operator]
+        if key.partition(":")[0] in module._active and parameter in (adapter.site.weight, adapter.site.bias)
+    )
+
+
+class Slot:
+    """What a swapped class puts in front of the class that the module had."""
+
+    _live: dict[str, Tensor | None] | None
+    _reads: list[Any]
+    _active: tuple[str, ...]
+    _called: tuple[Adapter, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._called:
+            return _base_forward(self, *args, **kwargs)
+        if not args:  # the input was given by keyword
+            first, *others = kwargs
+            args, kwargs = (kwargs[first],), {name: kwargs[name] for name in others}
+        last = self._called[-1]
+        return last(args[0], Layer(self, last.site, self._called[:-1], args[1:], kwargs))  # type: ignore[arg-type]
+
+
+def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward that the module had before, with the effective values visible to it that it reads."""
+    own = module.__dict__.get("_own_forward") or functools.partial(type(module)._slot_base.forward, module)
+    if module._live is None and not module._reads:
+        return own(*args, **kwargs)
+    before = [(owner, owner._live) for owner in (module, *module._reads)]
+    # its own effective value is hidden from a layer that is called, or the delta would count twice
+    module._live = None
+    for owner in module._reads:
+        owner._live = {}
+    try:
+        return own(*args, **kwargs)
+    finally:
+        for owner, live in before:
+            owner._live = live
+
+
+def _effective_property(parameter: str) -> property:
+    def value(self: Any) -> Tensor | None:
+        raw, live = self._parameters[parameter], self._live
+        if live is None:
+            return raw
+        if parameter not in live:
+            live[parameter] = raw
+            adapters = active_adapters(self, parameter)
+            if adapters:
+                site = adapters[-1].site
+                live.update(site.store(self, *effective(self, site, adapters)))
+        return live[parameter]
+
+    return property(value)
+
+
+@functools.cache
+def _slot_class(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: Any = None) -> tuple[Any, ...]:
+        return _rebuild, (base, parameters), self.__getstate__()
+
+    members: dict[str, Any] = {name: _effective_property(name) for name in parameters}
+    members |= {"_slot_base": base, "_slot_parameters": parameters}
+    members |= {"__module__": base.__module__, "__reduce_ex__": reduce}
+    return type(f"Adapted{base.__name__}", (Slot, base), members)
+
+
+def _rebuild(base: type[nn.Module], parameters: frozenset[str]) -> nn.Module:
+    cls = _slot_class(base, parameters)
+    return cls.__new__(cls)
+
+
+def is_slot(module: nn.Module) -> bool:
+    """Whether the class of this module has been swapped."""
+    return isinstance(module, Slot)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before it was adapted."""
+    return getattr(type(module), "_slot_base", type(module))
+
+
+def _swap(module: nn.Module, *parameters: str | None) -> None:
+    known = getattr(type(module), "_slot_parameters", frozenset())
+    if not is_slot(module):
+        module.__dict__.update(_live=None, _reads=[], _active=(), _called=())
+        if "forward" in module.__dict__:  # somebody patched this instance: call that, do not lose it
+            module.__dict__["_own_forward"] = module.__dict__.pop("forward")
+    module.__class__ = _slot_class(base_class(module), known.union(filter(None, parameters)))
+
+
+def occupy(module: Any, name: str, adapter: Adapter) -> None:
+    """Put ``adapter`` into the slot of ``module`` under ``name``, and let it act."""
+    site = adapter.site
+    _swap(module, site.weight, site.bias)
+    if "adapters" not in module._modules:
+        module.add_module("adapters", nn.ModuleDict())
+    module.adapters[site.key(name)] = adapter
+    adapter.train(module.training)
+    if site.read and module not in module._reads:
+        module._reads.append(module)
+    set_active(module, dict.fromkeys((*module._active, name)))
+
+
+def set_active(module: Any, names: Iterable[str]) -> None:
+    """Let the adapters of these names, and no others, act in this slot."""
+    module._active = tuple(names)
+    module._called = tuple(
+        adapter
+        for key, adapter in module.adapters.items()
+        if key.partition(":")[0] in module._active and not adapter.site.read
+    )
+
+
+def let_read(reader: Any, owner: nn.Module) -> None:
+    """Let the forward of ``reader`` see the effective weights of ``owner``, a slot somewhere below it."""
+    if not is_slot(reader):
+        _swap(reader)
+    if owner not in reader._reads:
+        reader._reads.append(owner)
+
+
+def vacate(module: nn.Module) -> nn.ModuleDict | None:
+    """Give ``module`` its own class back; return the adapters it held, if any."""
+    adapters = module._modules.pop("adapters", None)
+    module.__class__ = base_class(module)
+    if "_own_forward" in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop("_own_forward")
+    for attribute in ("_live", "_reads", "_active", "_called"):
+        module.__dict__.pop(attribute, None)
+    return adapters  # type: ignore[return-value]
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module below ``model`` that holds adapters."""
+    for name, module in model.named_modules():
+        if is_slot(module) and "adapters" in module._modules:
+            yield name, module
+
+
+def adapters_of(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, Adapter]]:
+    """(module name, module, adapter) of every adapter below ``model``; of one adapter name if it is given."""
+    return [
+        (path, module, adapter)
+        for path, module in slots(model)
+        for key, adapter in module.adapters.items()  # type: ignore[union-attr, operator]
+        if name in (None, key.partition(":")[0])
+    ]
+
+
+def _channels(module: nn.Module) -> Any:
+    shape = getattr(module, "normalized_shape", None)
+    return shape if shape is not None else getattr(module, "num_features", None) or module.num_channels
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), None)

@@ -1,0 +1,9 @@
+"""Every method, one file per paper; importing this package fills the registry."""
+
+from lightning_peft.engine import METHODS
+
+from .features import *  # noqa: F403
+from .lora import *  # noqa: F403
+from .selective import *  # noqa: F403
+
+__all__ = [cls.__name__ for cls in METHODS.values()]

@@ -1,0 +1,108 @@
+"""SSF: scale and shift the output of every operation.
+
+Paper:    Lian et al., "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", 2022,
+          arXiv:2210.08823.
+Formula:  y = scale * op(x) + shift, channel by channel, for each linear layer, convolution and normalisation op
+Shapes:   scale, shift (C,) for C output features or channels
+Init:     scale ~ N(1, 0.02^2), shift ~ N(0, 0.02^2): the output at the start differs a little from the base
+Merge:    W <- scale * W (rows), b <- scale * b + shift; a missing bias is created
+Deviates from the paper: the channel axis is known from the layer's type, where the reference code compares sizes; of a
+          normalisation layer weight and bias are changed, not its output, which is the same where the layer is only
+          that, and is right where an activation is fused into it; ConvNeXt's last one sits on ``head.norm``.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+
+
+class ScaleShift(Adapter):
+    """Scale and shift of the output channels of one operation."""
+
+    def __init__(self, target: Target, method: "SSF") -> None:
+        super().__init__()
+        self.init_std = method.init_std
+        weight = target.site.get(target.module)[0]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.scale = nn.Parameter(torch.empty(weight.shape[0], dtype=dtype, device=weight.device))
+        self.shift = nn.Parameter(torch.empty(weight.shape[0], dtype=dtype, device=weight.device))
+        self.axes_after = max(weight.dim() - 2, 0)  # spatial axes behind the channels of an output
+
+    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
+        """scale ~ N(1, init_std^2), shift ~ N(0, init_std^2)."""
+        for parameter, mean in ((self.scale, 1.0), (self.shift, 0.0)):
+            noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+            parameter.copy_(mean + self.init_std * noise)
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """scale * layer(x) + shift along the channel axis."""
+        y = layer(x)
+        spatial = (..., *[None] * self.axes_after)
+        return (y * self.scale[spatial] + self.shift[spatial]).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows times scale, bias times scale plus shift."""
+        rows = self.scale[(..., *[None] * (weight.dim() - 1))]
+        return weight * rows, self.shift if bias is None else bias * self.scale + self.shift
+
+    def unmergeable_because(self) -> str | None:
+        """RMSNorm has nowhere to put a shift."""
+        return None if self.site.bias else "its layer has no bias that could take the shift."
+
+
+@register("ssf")
+@dataclass(frozen=True, kw_only=True)
+class SSF(TargetedMethod):
+    """Scale and shift after every operation; the output head is trained whole.
+
+    Args:
+        target_modules: by default every linear layer, convolution and normalisation but the head (and but Swin's
+            patch-merging ``reduction``, which the paper leaves out).
+        modules_to_save: modules trained whole, by default the output head as in the paper.
+        init_std: standard deviation of both initial values (0.02 in the reference code); 0 starts as the base.
+        exclude_modules: see `TargetedMethod`; so for ``layers_to_transform``.
+
+    Raises:
+        AdapterError: ``init_std`` is negative.
+        TargetError: a pattern matches nothing, or no output head is known: name it in ``modules_to_save``.
+
+    >>> from torch import nn, tensor, ones, allclose
+    >>> from lightning_peft import inject
+    >>> base = nn.Sequential(nn.Linear(3, 2))
+    >>> y = base(ones(1, 3))
+    >>> ssf = inject(base, SSF(modules_to_save=()))[0].adapters["default"]
+    >>> ssf.scale.data, ssf.shift.data = tensor([2.0, 3.0]), tensor([0.5, -1.0])
+    >>> allclose(base(ones(1, 3)), y * tensor([2.0, 3.0]) + tensor([0.5, -1.0]))
+    True
+    """
+
+    paper: ClassVar[str] = "arXiv:2210.08823"
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": ScaleShift, "conv": ScaleShift, "norm": ScaleShift}
+    identity_at_init: ClassVar[bool] = False
+
+    target_modules: str | tuple[str, ...] = "all-layers"
+    modules_to_save: str | tuple[str, ...] = "output-head"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("SSF", "init_std", self.init_std, self.init_std >= 0, "at least 0")
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The chosen operations; Swin's ``reduction`` only if it is named."""
+        found = super().targets(model)
+        everything = self.target_modules == "all-layers"
+        return [t for t in found if not (everything and t.name.split(".")[-1] == "reduction")]
+
+    def num_trainable(self, target: Target) -> int:
+        """2 * C."""
+        return 2 * target.d_out
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """As in the paper, and starting as the base on chosen layers."""
+        return cls(modules_to_save="head"), cls(target_modules="v_proj", init_std=0.0, modules_to_save=())

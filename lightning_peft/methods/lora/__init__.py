@@ -1,0 +1,4 @@
+"""Low-rank updates of weights."""
+
+from .dora import DoRA as DoRA
+from .lora import LoRA as LoRA

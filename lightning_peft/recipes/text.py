@@ -1,0 +1,156 @@
+"""Causal language modelling: any transformers model, and the standard library's own source to read."""
+
+import difflib
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.utils.data import StackDataset
+from torchmetrics.text import Perplexity
+
+from lightning_peft.recipes._shared import SplitData, adamw_cosine, require
+
+# the label that transformers leaves out of the loss
+IGNORE = -100
+
+
+class CausalLM(L.LightningModule):
+    """Any causal language model of transformers, trained to predict the next token.
+
+    Batches are what the model takes: ``input_ids`` and ``labels`` (B, T), and if there is padding, an
+    ``attention_mask``. The model itself shifts the labels by one; those equal to -100 are left out.
+    Logs ``train_loss``, ``val_loss``, ``val_perplexity``, ``test_loss`` and ``test_perplexity``, each averaged over
+    the predicted tokens of an epoch.
+
+    Args:
+        pretrained: a folder or a hub name to load weights and configuration from.
+        config: a configuration for a model with random weights; ``model_type`` names the architecture.
+        lr: highest learning rate of AdamW; it falls along a cosine to zero.
+        weight_decay: decoupled weight decay of AdamW.
+
+    Raises:
+        ValueError: not exactly one of ``pretrained`` and ``config`` is given, or ``model_type`` is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if (pretrained is None) == (config is None):
+            raise ValueError(f"CausalLM: give either pretrained or config, got {pretrained!r} and {config}.")
+        if config is not None and "model_type" not in config:
+            raise ValueError(f"CausalLM: config needs a model_type such as 'llama' or 'gpt2', got {sorted(config)}.")
+        transformers = require("transformers", extra="text")
+        auto = transformers.AutoModelForCausalLM
+        if config is None:
+            self.model = auto.from_pretrained(pretrained)
+        else:
+            self.model = auto.from_config(transformers.AutoConfig.for_model(**config))
+        self.val_perplexity = Perplexity(ignore_index=IGNORE)
+        self.test_perplexity = Perplexity(ignore_index=IGNORE)
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self(**batch).loss
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=_predictions(batch))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_perplexity)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_perplexity)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, perplexity: Perplexity) -> None:
+        output = self(**batch)
+        perplexity(output.logits[:, :-1].float(), batch["labels"][:, 1:])
+        self.log(f"{stage}_loss", output.loss, batch_size=_predictions(batch))
+        self.log(f"{stage}_perplexity", perplexity, prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return adamw_cosine(self, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+
+
+def _predictions(batch: dict[str, Tensor]) -> int:
+    """Count the tokens that enter the loss: all but the first of each row, and none of the padding."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+class SourceCodeData(SplitData):
+    """Byte-level windows over the source of the Python standard library; the vocabulary is the 256 bytes.
+
+    The files are read in the order of their names, cut into windows that do not overlap, and the windows are shared
+    out at random. The text is that of the running Python, so numbers differ a little between versions.
+
+    Args:
+        seq_len: bytes per window.
+        batch_size: windows per step.
+        max_bytes: stop reading here.
+        package: read only this module or package, such as ``"email"``; by default all single-file modules.
+        val_fraction: share of the validation split; the test split takes as much again.
+        seed: decides the split and the order of the training windows.
+        num_workers: processes that load batches.
+
+    Raises:
+        ValueError: an argument is outside its range, or ``package`` has no Python source in the standard library.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_len: int = 128,
+        batch_size: int = 32,
+        max_bytes: int = 1_000_000,
+        package: str | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers)
+        if seq_len < 2:
+            raise ValueError(f"SourceCodeData: seq_len must be >= 2, got {seq_len}. One byte predicts nothing.")
+        self.seq_len, self.max_bytes, self.package = seq_len, max_bytes, package
+        self.files = _source_files(package)
+
+    def setup(self, stage: str | None = None) -> None:
+        source = b"".join(path.read_bytes() for path in self.files)[: self.max_bytes]
+        total = len(source) // self.seq_len
+        held_out = round(self.val_fraction * total)
+        if not held_out:
+            raise ValueError(
+                f"SourceCodeData: {total} windows of {self.seq_len} bytes are too few for three splits. "
+                f"Raise max_bytes (now {self.max_bytes}) or val_fraction, or lower seq_len."
+            )
+        windows = torch.frombuffer(bytearray(source), dtype=torch.uint8)[: total * self.seq_len].long()
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
+        shares = windows.view(total, self.seq_len)[order].split([held_out, held_out, total - 2 * held_out])
+        names = "val", "test", "train"
+        # the labels are the inputs: the model shifts them
+        self.splits = {n: StackDataset(input_ids=rows, labels=rows) for n, rows in zip(names, shares, strict=True)}
+
+
+def _source_files(package: str | None) -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    if package is None:
+        return sorted(root.glob("*.py"))
+    files = sorted([*root.glob(f"{package}.py"), *root.glob(f"{package}/**/*.py")])
+    if package not in sys.stdlib_module_names or not files:
+        near = difflib.get_close_matches(package, sys.stdlib_module_names)
+        raise ValueError(
+            f"SourceCodeData: {package!r} has no Python source in the standard library. "
+            f"Nearest names: {', '.join(near) or 'none'}. Give the name of a top-level module or package."
+        )
+    return files
