@@ -32,15 +32,15 @@ class AugmentedClassifier(ImageClassifier):
 
 
 def augment(images: Tensor) -> Tensor:
-    """Turn each image by up to 15 degrees, scale it by up to 15%, move it by up to one pixel, add noise."""
+    """Turn each image by up to 10 degrees, scale it by up to 10%, move it by up to 0.6 pixels, add noise."""
     angle, size, x, y = torch.empty(4, len(images)).uniform_(-1, 1)
-    angle, size = angle * math.radians(15), 1 + 0.15 * size
-    pixel = 2 / images.shape[-1]  # the coordinates of the grid run from -1 to 1
-    rows = [size * angle.cos(), -size * angle.sin(), pixel * x, size * angle.sin(), size * angle.cos(), pixel * y]
+    angle, size = angle * math.radians(10), 1 + 0.1 * size
+    reach = 0.6 * 2 / images.shape[-1]  # the coordinates of the grid run from -1 to 1
+    rows = [size * angle.cos(), -size * angle.sin(), reach * x, size * angle.sin(), size * angle.cos(), reach * y]
     maps = torch.stack(rows, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved + 0.1 * torch.randn_like(moved)
+    return moved + 0.3 * torch.randn_like(moved)
 
 
 def save_sorted(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
@@ -58,7 +58,7 @@ def save_sorted(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=250)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints" / "vit_digits.safetensors")
     args = parser.parse_args()

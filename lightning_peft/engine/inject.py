@@ -120,11 +120,10 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
     """
     record = record_of(model)
     wanted = (names,) if isinstance(names, str) else tuple(names)
-    for name in wanted:
-        _known(record, name)
+    check_known(record, wanted)
     for name, injection in record.injections.items():
         if injection.active != (name in wanted):
-            _check_restorable(injection)
+            check_restorable(injection)
     for _, module in slots.slots(model):
         slots.set_active(module, wanted)
     parameters = dict(model.named_parameters())
@@ -143,8 +142,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str]) -> None:
     """
     record = record_of(model)
     wanted = (names,) if isinstance(names, str) else tuple(names)
-    for name in wanted:
-        _known(record, name)
+    check_known(record, wanted)
     parameters = dict(model.named_parameters())
     for name, injection in record.injections.items():
         for _, _, adapter in adapters_of(model, name):
@@ -175,11 +173,15 @@ def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
     return {n: held for n, m in adapted if (held := slots.vacate(m)) is not None}
 
 
-def attach_readers(model: nn.Module) -> None:
-    """Let every module that reads an adapted weight see its effective value."""
-    for path, module, adapter in adapters_of(model):
-        for reader in readers(model, path, adapter.site.weight):
-            slots.let_read(reader, module)
+def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[str]) -> None:
+    """The inverse of `detach`; the adapters of the names in ``active`` act."""
+    for path, adapters in held.items():
+        module = model.get_submodule(path)
+        for key, adapter in adapters.items():
+            slots.occupy(module, key.partition(":")[0], adapter)  # type: ignore[arg-type]
+            for reader in readers(model, path, adapter.site.weight):  # type: ignore[union-attr, arg-type]
+                slots.let_read(reader, module)
+        slots.set_active(module, active)
 
 
 def _check(model: Any, method: Any, name: str) -> Injection | None:
@@ -266,7 +268,7 @@ def _freeze(model: nn.Module, record: Record) -> None:
             record.buffers[name] = buffer.detach().clone()
 
 
-def _check_restorable(injection: Injection) -> None:
+def check_restorable(injection: Injection) -> None:
     if any(other is None for other in injection.in_place.values()):
         raise AdapterError(
             f"{type(injection.method).__name__} trained the base in place and kept no copy of it, so there is no base "
@@ -281,7 +283,9 @@ def _exchange(parameter: Tensor, other: Tensor) -> None:
         other.copy_(kept)
 
 
-def _known(record: Record, name: str) -> None:
-    if name not in record.injections:
-        there = ", ".join(record.injections)
-        raise AdapterError(f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there}.")
+def check_known(record: Record, names: Iterable[str]) -> None:
+    """Raise an `AdapterError` for the first name that no adapter has."""
+    for name in names:
+        if name not in record.injections:
+            there = ", ".join(record.injections)
+            raise AdapterError(f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there}.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import MergeError
-from lightning_peft.engine.inject import ModelT, attach_readers, detach, record_of, set_active
+from lightning_peft.engine.inject import ModelT, attach, check_known, detach, record_of, set_active
 from lightning_peft.engine.slots import Adapter, adapters_of
 
 
@@ -77,11 +77,7 @@ def unmerge(model: ModelT) -> ModelT:
     modules = dict(model.named_modules())
     for path, parameters in merged.parameters.items():
         modules[path]._parameters.update(parameters)
-    for path, held in merged.adapters.items():
-        for key, adapter in held.items():
-            slots.occupy(modules[path], key.partition(":")[0], adapter)  # type: ignore[arg-type]
-        slots.set_active(modules[path], merged.active)
-    attach_readers(model)
+    attach(model, merged.adapters, merged.active)
     for name, parameter in model.named_parameters():
         if name in merged.frozen:
             parameter.requires_grad_(False)
@@ -89,23 +85,37 @@ def unmerge(model: ModelT) -> ModelT:
     return model
 
 
-def unload(model: ModelT) -> ModelT:
-    """Take all adapters out; the base, its buffers and its ``requires_grad`` are as they were before `inject`.
+def unload(model: ModelT, name: str | None = None) -> ModelT:
+    """Take all adapters out, or those of one name; the base is as it was before `inject`.
+
+    That means its parameters and its buffers bit for bit, and, with the last adapter, its ``requires_grad`` flags.
 
     Raises:
-        AdapterError: a method trained the base in place and kept no copy of it.
+        AdapterError: a method trained the base in place and kept no copy of it, or there is no such adapter.
     """
     record = record_of(model)
+    check_known(record, () if name is None else (name,))
     if record.merged is not None:
         unmerge(model)
-    set_active(model, ())
-    detach(model)
+    leaving = [n for n in record.injections if name in (None, n)]
+    active = [n for n, injection in record.injections.items() if injection.active and n not in leaving]
+    set_active(model, active)
+    held = detach(model)
+    for left in leaving:
+        for adapters in held.values():
+            for key in [key for key in adapters if key.partition(":")[0] == left]:
+                del adapters[key]
+        for parameter in record.injections.pop(left).in_place:
+            model.get_parameter(parameter).requires_grad_(False)
+    if record.injections:
+        attach(model, {path: adapters for path, adapters in held.items() if len(adapters)}, active)
+        return model
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in record.buffers:
-                buffer.copy_(record.buffers[name])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in record.trainable)
+        for key, buffer in model.named_buffers():
+            if key in record.buffers:
+                buffer.copy_(record.buffers[key])
+    for key, base in model.named_parameters():
+        base.requires_grad_(key in record.trainable)
     del model.__dict__["_peft"]
     return model
 

@@ -1,0 +1,5 @@
+"""Adapter files, ours and those of other libraries."""
+
+from .files import load_adapter as load_adapter
+from .files import read_adapter as read_adapter
+from .files import save_adapter as save_adapter

@@ -1,0 +1,96 @@
+"""Adapter state: which tensors belong to an adapter, under which keys, and which base they belong to."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine import slots
+from lightning_peft.engine.errors import AdapterError, AdapterFileError
+from lightning_peft.engine.inject import check_known, record_of
+from lightning_peft.engine.slots import adapters_of
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Key -> live tensor of everything that adapter ``name`` has trained or changed, and nothing of the base.
+
+    Keys are those of ``state_dict`` without the adapter name: ``blocks.0.attn.qkv.adapters.lora_A``; for a module with
+    several weights ``self_attn.adapters:in_proj_weight.lora_A``; for what was trained in place ``head.weight``.
+    Buffers of the base (running statistics) are there if they are not what they were before injection.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is merged.
+    """
+    record = record_of(model)
+    if record.merged is not None:
+        raise AdapterError("the adapters are merged into the base. unmerge(model) first.")
+    check_known(record, (name,))
+    state: dict[str, Tensor] = {}
+    for path, _, adapter in adapters_of(model, name):
+        prefix = f"{path}.{adapter.site.key('adapters')}".lstrip(".")
+        state |= {f"{prefix}.{key}": value for key, value in adapter.state_dict(keep_vars=True).items()}
+    parameters, injection = dict(model.named_parameters()), record.injections[name]
+    for key, other in injection.in_place.items():
+        state[key] = parameters[key] if injection.active or other is None else other
+    for key, buffer in model.named_buffers():
+        if key in record.buffers and not torch.equal(buffer, record.buffers[key].to(buffer.device)):
+            state[key] = buffer
+    return state
+
+
+def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copy ``tensors`` into the adapter ``name`` that was injected before; keys as in `adapter_state`.
+
+    Raises:
+        AdapterFileError: keys are missing or unexpected, a shape is wrong, or a value is NaN or infinite; nothing has
+            been changed then.
+    """
+    state, buffers = adapter_state(model, name), dict(model.named_buffers())
+    optional = {key: buffers[key] for key in record_of(model).buffers if key in buffers}
+    problems = {
+        "missing": [key for key in state if key not in tensors and key not in optional],
+        "unexpected": [key for key in tensors if key not in state and key not in optional],
+    }
+    there = optional | state
+    problems["of the wrong shape"] = [k for k, v in tensors.items() if k in there and v.shape != there[k].shape]
+    problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    found = [
+        f"{len(keys)} tensors are {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise AdapterFileError(
+            f"the file does not fit adapter {name!r} of {slots.base_class(model).__name__}: {'; '.join(found)}. "
+            "Load it into the model, and with the method, that it was made with."
+        )
+    with torch.no_grad():
+        for key, value in tensors.items():
+            there[key].copy_(value)
+
+
+def fingerprint(model: nn.Module, prefix: str = "") -> dict[str, str | int | None]:
+    """What tells one base from another, however it is cast or wrapped.
+
+    ``structure`` hashes names and shapes of the base parameters. ``values`` hashes up to 128 values of each frozen
+    one, in bfloat16 so that a cast checkpoint stays the same base; None for a model without values (meta device).
+    Only parameters whose names begin with ``prefix`` count, named without it.
+    """
+    trained = {key for i in record_of(model).injections.values() for key in i.in_place}
+    structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
+    base = {n: p for n, p in model.named_parameters() if n.startswith(prefix) and "adapters" not in n.split(".")}
+    for name, parameter in sorted(base.items()):
+        structure.update(f"{name.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
+        count += parameter.numel()
+        real = real and not parameter.is_meta
+        if name not in trained and real:
+            flat = parameter.detach().flatten()
+            sample = torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
+            values.update(sample.view(torch.int16).numpy().tobytes())
+    return {
+        "class": slots.base_class(model.get_submodule(prefix.removesuffix("."))).__name__,
+        "parameters": count,
+        "structure": structure.hexdigest()[:16],
+        "values": values.hexdigest()[:16] if real else None,
+    }

@@ -1,0 +1,213 @@
+"""Adapter folders: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+For a method that HF PEFT knows, both files are HF PEFT's own format. What it has no place for (the method with its
+arguments, the library's version, the fingerprint of the base) stands in the metadata of the safetensors file, which
+other readers ignore; so the tensor file alone is enough to load an adapter here. No pickle is ever read.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
+from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.merge import check_finite
+from lightning_peft.engine.state import adapter_state, fingerprint, load_adapter_state
+from lightning_peft.interop import hf_peft
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FORMAT = 1
+_METADATA = "lightning_peft"
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
+    """Write adapter ``name`` of ``model`` to ``folder``; each file is complete or not there at all.
+
+    Args:
+        model: the model that was given to `inject`, or a LightningModule with it inside.
+        folder: made if it does not exist; an adapter that is there already is replaced.
+        name: which adapter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: there is no such adapter, it is merged, or it holds NaN or infinite values.
+    """
+    folder, model = Path(folder), adapted_root(model)
+    state = {key: value.detach() for key, value in adapter_state(model, name).items()}
+    check_finite(adapters_of(model, name), AdapterError)
+    inner, prefix = _unwrapped(model, state)
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    method = record_of(model).injections[name].method
+    facts = describe(method) | {"base": fingerprint(model, prefix)}
+    try:
+        config, tensors = hf_peft.to_peft(inner, method, name, state)
+    except AdapterFileError as reason:
+        config, tensors = facts, state
+        if type(method) in hf_peft.CONFIGS:
+            warnings.warn(f"{folder} is written in our own format, not in HF PEFT's: {reason}", stacklevel=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / TENSORS) as path:
+        contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(contiguous, path, metadata={"format": "pt", _METADATA: json.dumps(facts)})
+    with _replacing(folder / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, allow_other_base: bool = False) -> ModelT:
+    """Put the adapter of ``folder`` into ``model`` under ``name``, and return the model.
+
+    Reads what `save_adapter` wrote, and what HF PEFT's ``save_pretrained`` wrote for LoRA, rsLoRA, DoRA and (IA)^3. If
+    the same method is in the model under this name already, its values are replaced.
+
+    Args:
+        model: a model like the one the adapter was made with, or a LightningModule with it inside.
+        folder: what to read.
+        name: under which name.
+        allow_other_base: load although the base weights are not those that the adapter was trained on.
+
+    Raises:
+        AdapterFileError: the files are missing, torn, unsafe, of another format, or made for another model.
+    """
+    facts, config, tensors = read_adapter(folder)
+    method = method_from(facts) if facts else hf_peft.method_from_peft(config, tensors, model)
+    target = adapted_root(model)
+    was_there = has_record(target) and name in record_of(target).injections
+    inject(target, method, name)
+    try:
+        inner, prefix = _unwrapped(target, adapter_state(target, name))
+        ours = hf_peft.from_peft(inner, name, tensors) if _is_peft(config) else tensors
+        if facts and not allow_other_base:
+            _check_base(fingerprint(target, prefix), facts["base"], folder)
+        load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
+    except AdapterError:
+        if not was_there:
+            unload(target, name)
+        raise
+    return model
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Tensor]]:
+    """(our facts or None, config, tensors) of an adapter folder, or of a ``.safetensors`` file that we wrote.
+
+    Raises:
+        AdapterFileError: the files are missing, torn, or unsafe.
+    """
+    path = Path(folder)
+    file = path if path.is_file() else path / TENSORS
+    if not file.is_file():
+        pickled = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        hint = f" {pickled[0]} is a pickle, which can run code when it is read: convert it first." if pickled else ""
+        raise AdapterFileError(f"there is no {TENSORS} in {path}.{hint}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as stream:
+            pickled = stream.read(2) in (b"PK", b"\x80\x02", b"\x80\x04")
+        what = "is a pickle under a false name, which is never read" if pickled else f"is torn or foreign ({error})"
+        raise AdapterFileError(f"{file} {what}. Take it from where it was saved again.") from None
+    facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
+    config_file = file.parent / CONFIG
+    config = _parse(config_file.read_text(), config_file) if config_file.is_file() else facts
+    if config is None:
+        raise AdapterFileError(f"there is no {CONFIG} beside {file}, and the file does not say what it is.")
+    if facts and facts.get("format", 0) > FORMAT:
+        raise AdapterFileError(
+            f"{file} has format {facts['format']}, this library reads up to {FORMAT}: it was written by "
+            f"lightning_peft {facts.get('version')}. Upgrade."
+        )
+    return facts, config, tensors
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """What a file says of the method that made it; primitives only."""
+    from lightning_peft import __version__
+
+    arguments = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return {"format": FORMAT, "version": __version__, "method": method.name, "arguments": arguments}
+
+
+def method_from(facts: dict[str, Any]) -> Method:
+    """The inverse of `describe`.
+
+    Raises:
+        AdapterError: the method or one of its arguments is not known here.
+    """
+    cls = get_method(facts["method"])
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(facts["arguments"]) - known)
+    if unknown:
+        raise AdapterFileError(f"{cls.__name__} has no argument {unknown[0]!r}: the file is of another version.")
+    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["arguments"].items()}
+    return cls(**as_tuples)
+
+
+def adapted_root(model: nn.Module) -> nn.Module:
+    """The module in ``model`` that was given to `inject`; ``model`` itself if none was."""
+    return next((module for module in model.modules() if has_record(module)), model)
+
+
+def _unwrapped(model: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, str]:
+    """The one child of a LightningModule that holds all adapters, with its prefix; any other model as it is."""
+    children = {key.partition(".")[0] for key in state}
+    if hasattr(model, "training_step") and len(children) == 1:
+        (child,) = children
+        if isinstance(getattr(model, child, None), nn.Module) and child != "adapters":
+            return getattr(model, child), child + "."
+    return model, ""
+
+
+def _is_peft(config: dict[str, Any]) -> bool:
+    return "peft_type" in config
+
+
+def _check_base(here: dict[str, Any], there: dict[str, Any], folder: str | Path) -> None:
+    known = here["values"] is not None and there["values"] is not None
+    if here["structure"] != there["structure"] or (known and here["values"] != there["values"]):
+        what = "another model" if here["structure"] != there["structure"] else "the same model with other weights"
+        raise AdapterFileError(
+            f"the adapter in {folder} was trained on {what}: {there['class']} with {there['parameters']} parameters "
+            f"(values {there['values']}), here is {here['class']} with {here['parameters']} (values {here['values']}). "
+            "Load the base it was trained on, or pass allow_other_base=True."
+        )
+
+
+def _parse(text: str, file: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterFileError(f"{file}: the description is torn or foreign ({error}).") from None
+    if not isinstance(parsed, dict):
+        raise AdapterFileError(f"{file}: expected a JSON object that describes an adapter.")
+    return parsed
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
