@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning for any LightningModule: ``Trainer(callbacks=[PEFT(LoRA(r=8))])``."""
 
+from lightning_peft.callbacks import PEFT as PEFT
 from lightning_peft.engine import AdapterError as AdapterError
 from lightning_peft.engine import disabled as disabled
 from lightning_peft.engine import get_method as get_method

@@ -58,7 +58,7 @@ def save_sorted(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=250)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints" / "vit_digits.safetensors")
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
         "num_classes": str(NUM_CLASSES),
         "accuracy": f"{accuracy:.4f}",
     }
-    args.output.parent.mkdir(exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     save_sorted(module.model.state_dict(), metadata, args.output)
     print(f"{args.output.name}: {args.output.stat().st_size / 2**20:.2f} MB, accuracy on unseen digits {accuracy:.1%}")
 

@@ -21,6 +21,7 @@ class LowRank(Adapter):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    scaling: Tensor
 
     def __init__(self, target: Target, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -70,8 +71,8 @@ class LowRankConv(LowRank):
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (N, c_out, ...) for x (N, c_in, ...)."""
         conv = layer.module
-        down = self.lora_A.repeat(conv.groups, *[1] * (self.lora_A.dim() - 1))  # type: ignore[operator]
-        h = conv._conv_forward(self.drop(x.to(down.dtype)), down, None)  # type: ignore[operator]
+        down = self.lora_A.repeat(conv.groups, *[1] * (self.lora_A.dim() - 1))
+        h = conv._conv_forward(self.drop(x.to(down.dtype)), down, None)
         up = (self.scaling * self.lora_B)[(..., *[None] * (self.lora_A.dim() - 2))]
         one_by_one = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[self.lora_A.dim()]
         return one_by_one(h, up, groups=conv.groups)
@@ -87,5 +88,5 @@ class LowRankEmbedding(LowRank):
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d) for indices x (...)."""
-        h = F.embedding(x, self.lora_A.T, padding_idx=layer.module.padding_idx)  # type: ignore[arg-type]
+        h = F.embedding(x, self.lora_A.T, padding_idx=layer.module.padding_idx)
         return F.linear(self.drop(h), self.scaling * self.lora_B)

@@ -1,0 +1,3 @@
+"""The Lightning side: callbacks that play methods in a Trainer."""
+
+from .peft import PEFT as PEFT

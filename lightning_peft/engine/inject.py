@@ -192,7 +192,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     if not name or "." in name or ":" in name:
         raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
     if next(model.parameters(), None) is None:
-        raise AdapterError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
+        raise TargetError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
     if not has_record(model):
         inner = next((n for n, m in model.named_modules() if has_record(m)), None)
         if inner is not None:

@@ -51,7 +51,7 @@ class Method(ABC):
 
     def adapter(self, target: Target) -> Adapter:
         """A new adapter for ``target``, its parameters not yet filled."""
-        return self.adapter_types[target.site.kind](target, self)  # type: ignore[call-arg, arg-type]
+        return self.adapter_types[target.site.kind](target, self)
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """Names of the base parameters that are trained as they are."""

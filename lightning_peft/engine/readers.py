@@ -27,7 +27,7 @@ def readers(model: nn.Module, owner: str, parameter: str) -> list[nn.Module]:
 
 def _reads(cls: type[nn.Module], below: list[str], parameter: str) -> bool:
     # a read through a local variable or an index does not tell whose weight it is: take it for a child's
-    found = _weights_read(cls)
+    found = _weights_read(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
     return (below[-1], parameter) in found or (len(below) <= 2 and (None, parameter) in found)
 
 

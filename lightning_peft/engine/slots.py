@@ -48,7 +48,7 @@ class Site:
 
     def get(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The raw weight (d_out, d_in, ...) and bias of ``module``, output axis first whatever the storage."""
-        weight = module._parameters[self.weight]
+        weight: Tensor | None = module._parameters[self.weight]
         if weight is None:  # a normalisation layer without affine parameters scales by one
             weight = torch.ones(_channels(module), device=_device(module))
         bias = module._parameters[self.bias] if self.bias else None
@@ -109,7 +109,7 @@ class Layer:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         site: Site,
         below: tuple[Adapter, ...] = (),
         args: tuple[Any, ...] = (),
@@ -142,11 +142,11 @@ def effective(module: nn.Module, site: Site, adapters: Iterable[Adapter]) -> tup
     return weight, bias
 
 
-def active_adapters(module: nn.Module, parameter: str) -> tuple[Adapter, ...]:
+def active_adapters(module: Any, parameter: str) -> tuple[Adapter, ...]:
     """The adapters that change ``parameter`` of this module at present, in the order of injection."""
     return tuple(
         adapter
-        for key, adapter in module._modules["adapters"].items()  # type: ignore[union-attr, operator]
+        for key, adapter in module._modules["adapters"].items()
         if key.partition(":")[0] in module._active and parameter in (adapter.site.weight, adapter.site.bias)
     )
 
@@ -166,7 +166,7 @@ class Slot:
             first, *others = kwargs
             args, kwargs = (kwargs[first],), {name: kwargs[name] for name in others}
         last = self._called[-1]
-        return last(args[0], Layer(self, last.site, self._called[:-1], args[1:], kwargs))  # type: ignore[arg-type]
+        return last(args[0], Layer(self, last.site, self._called[:-1], args[1:], kwargs))
 
 
 def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +214,7 @@ def _slot_class(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Mo
 
 
 def _rebuild(base: type[nn.Module], parameters: frozenset[str]) -> nn.Module:
-    cls = _slot_class(base, parameters)
+    cls = _slot_class(base, parameters)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
     return cls.__new__(cls)
 
 
@@ -229,12 +229,13 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _swap(module: nn.Module, *parameters: str | None) -> None:
-    known = getattr(type(module), "_slot_parameters", frozenset())
+    known: frozenset[str] = getattr(type(module), "_slot_parameters", frozenset())
     if not is_slot(module):
         module.__dict__.update(_live=None, _reads=[], _active=(), _called=())
         if "forward" in module.__dict__:  # somebody patched this instance: call that, do not lose it
             module.__dict__["_own_forward"] = module.__dict__.pop("forward")
-    module.__class__ = _slot_class(base_class(module), known.union(filter(None, parameters)))
+    adapted = known.union(filter(None, parameters))
+    module.__class__ = _slot_class(base_class(module), adapted)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
 
 
 def occupy(module: Any, name: str, adapter: Adapter) -> None:

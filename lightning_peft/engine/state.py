@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,3 +95,20 @@ def fingerprint(model: nn.Module, prefix: str = "") -> dict[str, str | int | Non
         "structure": structure.hexdigest()[:16],
         "values": values.hexdigest()[:16] if real else None,
     }
+
+
+def check_base(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> None:
+    """Compare the fingerprint of the live base with the one that an adapter was trained on.
+
+    Raises:
+        AdapterFileError: they differ; a base without values (meta device) is compared by structure alone.
+    """
+    same_structure = here["structure"] == there["structure"]
+    if same_structure and (None in (here["values"], there["values"]) or here["values"] == there["values"]):
+        return
+    what = "the same model with other weights" if same_structure else "another model"
+    raise AdapterFileError(
+        f"the adapter in {source} was trained on {what}: {there['class']} with {there['parameters']} parameters (values "
+        f"{there['values']}); here is {here['class']} with {here['parameters']} (values {here['values']}). Load the "
+        "base that it was trained on first; load_adapter(..., allow_other_base=True) loads it all the same."
+    )

@@ -68,7 +68,7 @@ def sites(module: nn.Module) -> list[Site]:
 def _has_own_forward(cls: type[nn.Module], known: type[nn.Module], module: nn.Module) -> bool:
     # a subclass may do more to its weight than the known class (standardise it, say): a delta added to its output
     # would then differ from a delta merged into its weight, so the adapter acts through the weight
-    own = cls.forward is not known.forward  # type: ignore[comparison-overlap]
+    own = cls.forward is not known.forward
     weight = module._parameters["weight"]
     return own and weight is not None and weight.is_floating_point()
 

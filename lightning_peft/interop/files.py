@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
-from lightning_peft.engine.state import adapter_state, fingerprint, load_adapter_state
+from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
 from lightning_peft.interop import hf_peft
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -92,7 +92,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         inner, prefix = _unwrapped(target, adapter_state(target, name))
         ours = hf_peft.from_peft(inner, name, tensors) if _is_peft(config) else tensors
         if facts and not allow_other_base:
-            _check_base(fingerprint(target, prefix), facts["base"], folder)
+            check_base(fingerprint(target, prefix), facts["base"], str(folder))
         load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
     except AdapterError:
         if not was_there:
@@ -119,8 +119,9 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         with file.open("rb") as stream:
-            pickled = stream.read(2) in (b"PK", b"\x80\x02", b"\x80\x04")
-        what = "is a pickle under a false name, which is never read" if pickled else f"is torn or foreign ({error})"
+            start = stream.read(2)
+        is_pickle = start in (b"PK", b"\x80\x02", b"\x80\x04")
+        what = "is a pickle under a false name, which is never read" if is_pickle else f"is torn or foreign ({error})"
         raise AdapterFileError(f"{file} {what}. Take it from where it was saved again.") from None
     facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
     config_file = file.parent / CONFIG
@@ -175,17 +176,6 @@ def _unwrapped(model: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, s
 
 def _is_peft(config: dict[str, Any]) -> bool:
     return "peft_type" in config
-
-
-def _check_base(here: dict[str, Any], there: dict[str, Any], folder: str | Path) -> None:
-    known = here["values"] is not None and there["values"] is not None
-    if here["structure"] != there["structure"] or (known and here["values"] != there["values"]):
-        what = "another model" if here["structure"] != there["structure"] else "the same model with other weights"
-        raise AdapterFileError(
-            f"the adapter in {folder} was trained on {what}: {there['class']} with {there['parameters']} parameters "
-            f"(values {there['values']}), here is {here['class']} with {here['parameters']} (values {here['values']}). "
-            "Load the base it was trained on, or pass allow_other_base=True."
-        )
 
 
 def _parse(text: str, file: Path) -> dict[str, Any]:

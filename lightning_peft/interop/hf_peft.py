@@ -148,7 +148,7 @@ def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 def _lora_config(method: LoRA, found: list[tuple[str, nn.Module, Adapter]]) -> dict[str, Any]:
-    ranks = {path: adapter.lora_A.shape[0] for path, _, adapter in found}  # type: ignore[union-attr, index]
+    ranks = {path: adapter.lora_A.shape[0] for path, _, adapter in found}  # type: ignore[index]
     power = 0.5 if method.use_rslora else 1
     alphas = {path: round(float(adapter.scaling) * ranks[path] ** power, 6) for path, _, adapter in found}  # type: ignore[arg-type]
     return {

@@ -108,7 +108,7 @@ class LoRA(TargetedMethod):
                 f"{who}: dropout={self.dropout} cannot act on {target.name!r}, whose weight is read without a call. "
                 "Set dropout=0, or leave it out with exclude_modules."
             )
-        return self.adapter_types[target.site.kind](target, r, self.scaling(target), self.dropout)  # type: ignore[call-arg, arg-type]
+        return self.adapter_types[target.site.kind](target, r, self.scaling(target), self.dropout)
 
     def num_trainable(self, target: Target) -> int:
         """r * (d_in + d_out)."""

@@ -1,0 +1,89 @@
+"""What a Lightning checkpoint holds when a model is adapted: the adapters, and nothing of the frozen base.
+
+``checkpoint["peft"]`` says with which methods and on which base, in primitives only, so that the file loads with
+``weights_only=True``. On loading, the base is filled in from the live module, and loading stays strict.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine import AdapterFileError, inject
+from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.state import check_base, fingerprint
+from lightning_peft.interop.files import FORMAT, adapted_root, describe, method_from
+
+
+def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take the frozen base out of ``checkpoint``, and say how to get it back."""
+    root = adapted_root(module)
+    if not has_record(root) or record_of(root).merged is not None or "state_dict" not in checkpoint:
+        return
+    base = base_tensors(module)
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in base}
+    checkpoint["peft"] = {
+        "format": FORMAT,
+        "adapters": {name: describe(injection.method) for name, injection in record_of(root).injections.items()},
+        "base": fingerprint(root),
+    }
+
+
+def fill_in_base(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put the tensors of the live base into an adapter checkpoint, so that it loads strictly.
+
+    Raises:
+        AdapterFileError: the checkpoint holds no adapter, one of another method, or one for another base.
+    """
+    root = adapted_root(module)
+    if "state_dict" not in checkpoint or not has_record(root):
+        return
+    methods = {name: injection.method for name, injection in record_of(root).injections.items()}
+    state = checkpoint["state_dict"]
+    if "peft" not in checkpoint:
+        if any(".adapters." in f".{key}" for key in state):
+            return
+        raise AdapterFileError(
+            f"the checkpoint holds no adapter, but the model has {', '.join(map(repr, methods))}. Load a checkpoint of "
+            "the base before PEFT adapts it: module.load_state_dict(torch.load(path)['state_dict']), then fit."
+        )
+    facts = checkpoint["peft"]
+    stored = {name: method_from(adapter) for name, adapter in facts["adapters"].items()}
+    if stored != methods:
+        raise AdapterFileError(f"the checkpoint was made with {stored}, but the model has {methods}. Use the same.")
+    check_base(fingerprint(root), facts["base"], "this checkpoint")
+    checkpoint["state_dict"] = {**base_tensors(module), **state}
+
+
+def inject_from(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Inject the methods that ``checkpoint`` was made with.
+
+    Raises:
+        AdapterFileError: there are none.
+    """
+    if "peft" not in checkpoint:
+        raise AdapterFileError(
+            f"the checkpoint holds no adapter. Load it with {type(module).__name__}.load_from_checkpoint(path)."
+        )
+    for name, adapter in checkpoint["peft"]["adapters"].items():
+        inject(module, method_from(adapter), name)
+
+
+def base_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Key in ``state_dict`` -> value of each frozen base parameter, and of each base buffer that has not changed."""
+    root = adapted_root(module)
+    prefix = next(f"{name}." if name else "" for name, m in module.named_modules() if m is root)
+    record = record_of(root)
+    trained = {id(root.get_parameter(name)) for i in record.injections.values() for name in i.in_place}
+    base: dict[str, Tensor] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        inside = key.removeprefix(prefix)
+        if "adapters" in key.split("."):
+            continue
+        if isinstance(value, nn.Parameter):
+            if id(value) not in trained:
+                base[key] = value.detach()
+        elif inside in record.buffers and torch.equal(value, record.buffers[inside].to(value.device)):
+            base[key] = value
+    return base

@@ -1,0 +1,52 @@
+"""Hooks wrapped on one LightningModule instance, its class untouched.
+
+The wrapper is a bound method named like the hook, so that Lightning's own inspection, ``copy.deepcopy`` and ``pickle``
+treat it like any method.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def around(module: nn.Module, hook: str, then: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Let ``then(module, checkpoint)`` run with every call of a checkpoint hook, the module's own first on saving.
+
+    Wrapping the same hook with the same function again changes nothing.
+    """
+    previous = module.__dict__.get(hook)
+    if getattr(previous, "then", None) is then:
+        return
+
+    def wrapper(self: nn.Module, checkpoint: dict[str, Any]) -> None:
+        own = getattr(type(self), hook).__get__(self) if previous is None else MethodType(previous.__func__, self)
+        if hook == "on_save_checkpoint":
+            own(checkpoint)
+            then(self, checkpoint)
+        else:
+            then(self, checkpoint)
+            own(checkpoint)
+
+    wrapper.__name__, wrapper.then = hook, then  # type: ignore[attr-defined]
+    module.__dict__[hook] = MethodType(wrapper, module)
+
+
+def after(
+    module: nn.Module, hook: str, then: Callable[[Any], None], once: Callable[[Any], bool] = lambda module: True
+) -> None:
+    """Let ``then(module)`` run after ``module.<hook>``; the wrapper goes away with the call at which ``once`` holds."""
+    previous = module.__dict__.get(hook)
+
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if once(self):
+            if previous is None:
+                del self.__dict__[hook]
+            else:
+                self.__dict__[hook] = previous
+        (getattr(type(self), hook).__get__(self) if previous is None else previous)(*args, **kwargs)
+        then(self)
+
+    wrapper.__name__ = hook
+    module.__dict__[hook] = MethodType(wrapper, module)

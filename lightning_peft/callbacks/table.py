@@ -1,0 +1,56 @@
+"""The table of what was adapted, for people to read."""
+
+import re
+from collections import defaultdict
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lightning_peft.engine import adapters_of
+from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.slots import base_class
+
+
+def trainable_share(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers in the parameters of ``model``."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def adapter_table(model: nn.Module, name: str = "default") -> Table:
+    """One row for each group of like layers: where, how many, what they are, what sits on them, what it trains."""
+    injection = record_of(model).injections[name]
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for path, module, adapter in adapters_of(model, name):
+        shape = " x ".join(map(str, adapter.site.get(module)[0].shape))
+        base = f"{base_class(module).__name__} {shape}"
+        weight = "" if adapter.site.weight == "weight" else f".{adapter.site.weight}"
+        size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        groups[_collapsed(path + weight), base, type(adapter).__name__].append(size)
+    for parameter in injection.in_place:
+        value = model.get_parameter(parameter)
+        shape = " x ".join(map(str, value.shape))
+        groups[_collapsed(parameter), f"Parameter {shape}", "trained in place"].append(value.numel())
+    trainable, total = trainable_share(model)
+    table = Table(title=f"PEFT {name!r}: {injection.method}", title_justify="left", show_footer=True)
+    table.add_column("Layers", footer="all trainable parameters")
+    table.add_column("Count", justify="right")
+    table.add_column("Base")
+    table.add_column("Adapter", footer=f"{100 * trainable / total:.2f} % of {total:,}")
+    table.add_column("Trainable", justify="right", footer=f"{trainable:,}")
+    for (where, base, adapter), sizes in groups.items():
+        table.add_row(where, str(len(sizes)), base, adapter, f"{sum(sizes):,}")
+    return table
+
+
+def show(table: Table) -> None:
+    """Print to the terminal; as wide as the table needs where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 120))
+    console.print(table)
+
+
+def _collapsed(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
