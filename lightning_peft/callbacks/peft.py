@@ -61,6 +61,7 @@ class PEFT(L.Callback):
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
+        self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
     @property
     def state_key(self) -> str:
@@ -112,11 +113,14 @@ class PEFT(L.Callback):
         trained = {name for injection in record_of(root).injections.values() for name in injection.in_place}
         frozen = any(name not in trained for name, _ in root.named_parameters() if "adapters" not in name.split("."))
         for name, module in root.named_modules():
-            if frozen and isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" not in trained:
-                module.eval()
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if frozen and is_norm and module.training and f"{name}.weight" not in trained:
+                self._held.append(module.eval())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the adapter folder, if one was asked for."""
+        """Write the adapter folder, if one was asked for; give the modes back."""
+        while self._held:
+            self._held.pop().train()
         if self.save_to is not None:
             self._save(pl_module, Path(self.save_to))
 

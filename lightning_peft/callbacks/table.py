@@ -27,11 +27,17 @@ def adapter_table(model: nn.Module, name: str = "default") -> Table:
         base = f"{base_class(module).__name__} {shape}"
         weight = "" if adapter.site.weight == "weight" else f".{adapter.site.weight}"
         size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        groups[_collapsed(path + weight), base, type(adapter).__name__].append(size)
+        groups[collapsed(path + weight), base, type(adapter).__name__].append(size)
+    owners: dict[str, list[str]] = defaultdict(list)
     for parameter in injection.in_place:
-        value = model.get_parameter(parameter)
-        shape = " x ".join(map(str, value.shape))
-        groups[_collapsed(parameter), f"Parameter {shape}", "trained in place"].append(value.numel())
+        owner, _, leaf = parameter.rpartition(".")
+        owners[owner].append(leaf)
+    for owner, leaves in owners.items():
+        module = model.get_submodule(owner)
+        size = sum(module.get_parameter(leaf).numel() for leaf in leaves)
+        whole = leaves if len(leaves) < 4 else [f"{len(leaves)} parameters"]
+        base = f"{base_class(module).__name__} {', '.join(whole)}"
+        groups[collapsed(owner), base, "trained in place"].append(size)
     trainable, total = trainable_share(model)
     table = Table(title=f"PEFT {name!r}: {injection.method}", title_justify="left", show_footer=True)
     table.add_column("Layers", footer="all trainable parameters")
@@ -52,5 +58,6 @@ def show(table: Table) -> None:
     console.print(table)
 
 
-def _collapsed(name: str) -> str:
+def collapsed(name: str) -> str:
+    """``name`` with a star for each number, so that like layers look alike."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import AdapterError, TargetError, nearest
 from lightning_peft.engine.method import Method
-from lightning_peft.engine.readers import readers
+from lightning_peft.engine.readers import readers, reads_in_training
 from lightning_peft.engine.slots import Adapter, Layer, adapters_of
 from lightning_peft.engine.targets import Target
 
@@ -90,10 +90,14 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     existing = _check(model, method, name)
     targets = [t for t in method.targets(model) if not _is_occupied(t, name)]
     parameters = dict(model.named_parameters())  # a tied parameter once
-    in_place = [n for n in method.trained_in_place(model) if not existing or n not in existing.in_place]
+    own = {id(parameters[n]) for n in existing.in_place} if existing else set()
+    in_place = [n for n in method.trained_in_place(model) if id(model.get_parameter(n)) not in own]
     if not (targets or in_place or existing):
-        raise TargetError(f"{type(method).__name__} found nothing to train in {type(model).__name__}.")
-    _check_in_place(model, in_place)
+        raise TargetError(
+            f"{type(method).__name__} found nothing to train in {type(model).__name__}. Its arguments select neither a "
+            "layer nor a parameter: name some, or use another method."
+        )
+    _check_in_place(model, in_place, type(method).__name__)
     planned = [(target, _new_adapter(method, target, name)) for target in targets]
     readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
     _check_readable(planned, readers_of)
@@ -106,7 +110,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
         for reader in reading:
             slots.let_read(reader, target.module)
     _freeze(model, record)
-    for n in parameters.keys() & set(in_place):
+    for n in dict.fromkeys(n for n in in_place if n in parameters):
         parameters[n].requires_grad_(True)
         injection.in_place[n] = parameters[n].detach().clone() if method.keeps_base else None
     return model
@@ -210,31 +214,43 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     return existing
 
 
-def _check_in_place(model: nn.Module, names: list[str]) -> None:
+def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
     taken = {n: a for a, i in record_of(model).injections.items() for n in i.in_place} if has_record(model) else {}
     for name in names:
         if name in taken:
-            raise AdapterError(f"{name!r} is trained in place by adapter {taken[name]!r} already: two cannot share it.")
-    by_id: dict[int, list[str]] = {}
-    for n, p in model.named_parameters(remove_duplicate=False):
-        by_id.setdefault(id(p), []).append(n)
-    for names_of_one in by_id.values():
+            raise AdapterError(
+                f"{who}: {name!r} is trained in place by adapter {taken[name]!r} already: two cannot share it."
+            )
+    for names_of_one in owners_of(model).values():
         chosen = [n for n in names_of_one if n in names]
         others = [n for n in names_of_one if n not in names]
         if chosen and others:
-            raise AdapterError(
-                f"{chosen[0]!r} is tied to {others[0]!r}: training the one in place would change the other. "
+            raise TargetError(
+                f"{who}: {chosen[0]!r} is tied to {others[0]!r}: training the one in place would change the other. "
                 "Name both in modules_to_save, or untie them first."
             )
 
 
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
+    """id of each parameter -> its names; more than one if it is tied (a module that is used twice ties nothing)."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    return owners
+
+
 def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list[nn.Module]]) -> None:
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
-        if not adapter.changes_weights and (target.site.read or reading):
-            reader = slots.base_class(reading[0] if reading else target.module).__name__
+        by = ([target.module] if target.site.read else []) + reading
+        because = adapter.unmergeable_because()
+        if because is None and adapter.dropout:
+            because, by = "its dropout acts on the input: set dropout=0.", [m for m in by if reads_in_training(m)]
+        if because and by:
             raise TargetError(
-                f"{type(adapter).__name__} cannot act on {target.name!r}: {reader} reads that weight without calling "
-                "its layer, and this adapter is no change of a weight. Leave it out with exclude_modules."
+                f"{type(adapter).__name__} cannot act on {target.name!r}: {slots.base_class(by[0]).__name__} reads "
+                f"that weight without a call of the layer, and {because} Or leave it out with exclude_modules."
             )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import MergeError
-from lightning_peft.engine.inject import ModelT, attach, check_known, detach, record_of, set_active
+from lightning_peft.engine.inject import ModelT, attach, check_known, detach, owners_of, record_of, set_active
 from lightning_peft.engine.slots import Adapter, adapters_of
+from lightning_peft.engine.state import adapter_state
 
 
 @dataclasses.dataclass
@@ -42,11 +44,14 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
     active = tuple(name for name, injection in record.injections.items() if injection.active)
     acting = [(path, module, a) for name in active for path, module, a in adapters_of(model, name)]
     _check_mergeable(acting)
-    check_finite(acting, MergeError)
-    owners = _owners(model)
+    for name in active:
+        check_finite(adapter_state(model, name), MergeError)
+    owners = owners_of(model)
     kept: dict[str, dict[str, nn.Parameter | None]] = {}
+    own = {id(p) for _, _, adapter in adapters_of(model) for p in adapter.parameters()}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in own), None)
     for path, module in list(slots.slots(model)):
-        new = merged_parameters(module)
+        new = merged_parameters(module, dtype)
         kept[path] = {name: module._parameters[name] for name in new}
         for name, value in new.items():
             old = module._parameters[name]
@@ -120,10 +125,10 @@ def unload(model: ModelT, name: str | None = None) -> ModelT:
     return model
 
 
-def merged_parameters(module: Any) -> dict[str, Tensor]:
+def merged_parameters(module: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Name -> value, in the layout and dtype of ``module``, of its parameters with the active adapters folded in.
 
-    Computed in float32 at least and rounded once.
+    ``dtype`` is for a layer that has no weight yet. Computed in float32 at least and rounded once.
     """
     values: dict[str, Tensor] = {}
     for site in dict.fromkeys(adapter.site for adapter in module.adapters.values()):
@@ -135,20 +140,19 @@ def merged_parameters(module: Any) -> dict[str, Tensor]:
             with torch.no_grad():
                 for adapter in adapters:
                     weight, bias = adapter.merged(weight, bias)
-                stored = site.store(module, weight, bias)
+                stored = site.store(module, weight, bias, dtype)
             values |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in stored.items()}
     return values
 
 
-def check_finite(found: list[tuple[str, nn.Module, Adapter]], error: type[Exception]) -> None:
-    """Raise ``error`` for the first adapter that holds NaN or an infinite value."""
-    for path, _, adapter in found:
-        for name, value in adapter.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise error(
-                    f"{path}.{name} holds NaN or infinite values. Training diverged before this: go back to an "
-                    "earlier checkpoint, and lower the learning rate or clip gradients."
-                )
+def check_finite(state: Mapping[str, Tensor], error: type[Exception]) -> None:
+    """Raise ``error`` for the first tensor that holds NaN or an infinite value."""
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise error(
+                f"{key} holds NaN or infinite values. Training diverged before this: go back to an earlier checkpoint, "
+                "and lower the learning rate or clip gradients."
+            )
 
 
 def _check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:
@@ -157,10 +161,3 @@ def _check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:
         path, reason = refused[0]
         others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise MergeError(f"the adapter on {path!r}{others} cannot be merged: {reason} Keep it as an adapter.")
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return owners

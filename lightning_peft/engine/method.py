@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from torch import nn
@@ -128,10 +128,21 @@ def register(name: str) -> Callable[[M], M]:
         if name in METHODS:
             raise AdapterError(f"the method name {name!r} is taken by {METHODS[name].__qualname__}. Choose another.")
         cls.name, cls.family = name, cls.__module__.split(".")[-2]
+        cls.__repr__ = _changed_arguments  # type: ignore[method-assign]
         METHODS[name] = cls
         return cls
 
     return add
+
+
+def _changed_arguments(method: Any) -> str:
+    """The call that makes ``method``, without the arguments that have their default."""
+    shown = []
+    for field in fields(method):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if getattr(method, field.name) != default:
+            shown.append(f"{field.name}={getattr(method, field.name)!r}")
+    return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def get_method(name: str) -> type[Method]:

@@ -25,6 +25,11 @@ def readers(model: nn.Module, owner: str, parameter: str) -> list[nn.Module]:
     return [module for module, below in ancestors if _reads(base_class(module), below, parameter)]
 
 
+def reads_in_training(reader: nn.Module) -> bool:
+    """False for those that read in evaluation only, for a fused kernel, and call the layers in training."""
+    return not isinstance(reader, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+
+
 def _reads(cls: type[nn.Module], below: list[str], parameter: str) -> bool:
     # a read through a local variable or an index does not tell whose weight it is: take it for a child's
     found = _weights_read(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable here

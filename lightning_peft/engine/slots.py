@@ -54,11 +54,16 @@ class Site:
         bias = module._parameters[self.bias] if self.bias else None
         return (weight.T if self.transposed else weight), bias
 
-    def store(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """The inverse of `get`: parameter name -> value in the layout and dtype that ``module`` stores."""
-        raw = module._parameters[self.weight]
+    def store(
+        self, module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """The inverse of `get`: parameter name -> value in the layout and dtype that ``module`` stores.
+
+        ``dtype`` is that of the input or of the model; it counts where ``module`` stores no weight that tells.
+        """
+        raw: Tensor | None = module._parameters[self.weight]
         stored = weight.T if self.transposed else weight
-        values = {self.weight: stored if raw is None else stored.to(raw.dtype)}
+        values = {self.weight: stored.to(dtype if raw is None else raw.dtype)}
         if bias is not None and self.bias is not None:
             values[self.bias] = bias.to(values[self.weight].dtype)
         return values
@@ -72,6 +77,7 @@ class Adapter(nn.Module):
     """
 
     site: Site
+    dropout: float = 0.0  # of the input, which an adapter on a weight that is read does not see
 
     def reset_parameters(self, layer: "Layer", generator: torch.Generator) -> None:
         """Fill the parameters; draw from ``generator`` alone, so that no other random number is touched."""
@@ -158,6 +164,7 @@ class Slot:
     _reads: list[Any]
     _active: tuple[str, ...]
     _called: tuple[Adapter, ...]
+    _dtype: torch.dtype | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._called:
@@ -177,6 +184,7 @@ def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     before = [(owner, owner._live) for owner in (module, *module._reads)]
     # its own effective value is hidden from a layer that is called, or the delta would count twice
     module._live = None
+    module._dtype = next((x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
     for owner in module._reads:
         owner._live = {}
     try:
@@ -196,7 +204,7 @@ def _effective_property(parameter: str) -> property:
             adapters = active_adapters(self, parameter)
             if adapters:
                 site = adapters[-1].site
-                live.update(site.store(self, *effective(self, site, adapters)))
+                live.update(site.store(self, *effective(self, site, adapters), self._dtype))
         return live[parameter]
 
     return property(value)
@@ -231,7 +239,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def _swap(module: nn.Module, *parameters: str | None) -> None:
     known: frozenset[str] = getattr(type(module), "_slot_parameters", frozenset())
     if not is_slot(module):
-        module.__dict__.update(_live=None, _reads=[], _active=(), _called=())
+        module.__dict__.update(_live=None, _reads=[], _active=(), _called=(), _dtype=None)
         if "forward" in module.__dict__:  # somebody patched this instance: call that, do not lose it
             module.__dict__["_own_forward"] = module.__dict__.pop("forward")
     adapted = known.union(filter(None, parameters))
@@ -275,7 +283,7 @@ def vacate(module: nn.Module) -> nn.ModuleDict | None:
     module.__class__ = base_class(module)
     if "_own_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_own_forward")
-    for attribute in ("_live", "_reads", "_active", "_called"):
+    for attribute in ("_live", "_reads", "_active", "_called", "_dtype"):
         module.__dict__.pop(attribute, None)
     return adapters  # type: ignore[return-value]
 

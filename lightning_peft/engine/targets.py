@@ -254,15 +254,23 @@ def _nothing_found(
     if hit:
         name, module = hit[0]
         inside = [t.name for t in supported if t.name.startswith(name + ".")][:3]
-        fix = f" Inside it can be adapted: {', '.join(inside)}." if inside else ""
+        fix = f" Inside it can be adapted: {', '.join(inside)}." if inside else _endings(model, supported)
         return TargetError(
             f"{who}: target_modules {pattern!r} matched {name!r}, a {base_class(module).__name__}; but {can}.{fix}"
         )
-    endings = sorted({t.name.split(".")[-1] for t in supported})[:8]
-    hint = nearest(pattern, (t.name for t in supported)) or f" The names there end in: {', '.join(endings)}."
+    hint = nearest(pattern, (t.name for t in supported)) or _endings(model, supported)
     return TargetError(
         f"{who}: target_modules {pattern!r} matched none of {len(supported)} layers of {_describe(model)}; {can}.{hint}"
     )
+
+
+def _endings(model: nn.Module, supported: list[Target]) -> str:
+    if not supported:
+        kinds = sorted({t.site.kind for t in candidates(model)})
+        return f" There are none in it; choose a method that adapts {' or '.join(kinds)} layers." if kinds else ""
+    endings = sorted({t.name.split(".")[-1] for t in supported})
+    others = " 'all-layers' takes them all." if any(t.site.kind != "linear" for t in supported) else ""
+    return f" The names of those end in: {', '.join(endings[:8])}{', ...' if len(endings) > 8 else ''}.{others}"
 
 
 def _describe(model: nn.Module) -> str:

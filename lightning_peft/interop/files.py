@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
+from lightning_peft.engine import AdapterError, AdapterFileError, Method, get_method, inject, unload
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
@@ -48,23 +48,24 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """
     folder, model = Path(folder), adapted_root(model)
     state = {key: value.detach() for key, value in adapter_state(model, name).items()}
-    check_finite(adapters_of(model, name), AdapterError)
+    check_finite(state, AdapterError)
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     method = record_of(model).injections[name].method
     facts = describe(method) | {"base": fingerprint(model, prefix)}
     try:
         config, tensors = hf_peft.to_peft(inner, method, name, state)
+        facts["layout"] = "peft"
     except AdapterFileError as reason:
         config, tensors = facts, state
         if type(method) in hf_peft.CONFIGS:
             warnings.warn(f"{folder} is written in our own format, not in HF PEFT's: {reason}", stacklevel=2)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / TENSORS) as path:
-        contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(contiguous, path, metadata={"format": "pt", _METADATA: json.dumps(facts)})
-    with _replacing(folder / CONFIG) as path:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    # the tensors take their place last: until then the former ones say by themselves what they are
+    with _replacing(folder / TENSORS) as tensor_file, _replacing(folder / CONFIG) as config_file:
+        save_file(contiguous, tensor_file, metadata={"format": "pt", _METADATA: json.dumps(facts)})
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 
@@ -90,12 +91,15 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     inject(target, method, name)
     try:
         inner, prefix = _unwrapped(target, adapter_state(target, name))
-        ours = hf_peft.from_peft(inner, name, tensors) if _is_peft(config) else tensors
+        is_peft = facts is None or facts.get("layout") == "peft"
+        ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
         if facts and not allow_other_base:
             check_base(fingerprint(target, prefix), facts["base"], str(folder))
         load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
     except AdapterError:
-        if not was_there:
+        if not was_there:  # no value has been changed yet
+            in_place = record_of(target).injections[name].in_place
+            in_place.update({key: target.get_parameter(key).detach().clone() for key in in_place})
             unload(target, name)
         raise
     return model
@@ -120,7 +124,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
     except (SafetensorError, OSError, ValueError) as error:
         with file.open("rb") as stream:
             start = stream.read(2)
-        is_pickle = start in (b"PK", b"\x80\x02", b"\x80\x04")
+        is_pickle = start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
         what = "is a pickle under a false name, which is never read" if is_pickle else f"is torn or foreign ({error})"
         raise AdapterFileError(f"{file} {what}. Take it from where it was saved again.") from None
     facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
@@ -172,10 +176,6 @@ def _unwrapped(model: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, s
         if isinstance(getattr(model, child, None), nn.Module) and child != "adapters":
             return getattr(model, child), child + "."
     return model, ""
-
-
-def _is_peft(config: dict[str, Any]) -> bool:
-    return "peft_type" in config
 
 
 def _parse(text: str, file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch.nn import functional as F
 
 from lightning_peft.recipes import CausalLM, SourceCodeData
@@ -143,11 +144,7 @@ def test_perplexity_and_loss_are_averages_over_tokens():
     module, data, run = llama(), ready(batch_size=5), trainer()
     logged = run.validate(module, data, verbose=False)[0] | run.test(module, data, verbose=False)[0]
     for stage in ("val", "test"):
-        ids = (
-            data.splits[stage][:]["input_ids"]
-            if False
-            else torch.stack([row["input_ids"] for row in data.splits[stage]])
-        )
+        ids = torch.stack([row["input_ids"] for row in data.splits[stage]])
         loss = module(input_ids=ids, labels=ids).loss
         assert logged[f"{stage}_loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert logged[f"{stage}_perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
@@ -201,3 +198,13 @@ def test_missing_transformers_gives_the_install_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install "lightning_peft\[text\]"'):
         llama()
+
+
+def test_yaml_can_build_both():
+    parser = ArgumentParser()
+    parser.add_class_arguments(CausalLM, "model")
+    parser.add_class_arguments(SourceCodeData, "data")
+    config = parser.parse_object({"model": {"config": LLAMA, "lr": 0.1}, "data": {"package": "json"}})
+    built = parser.instantiate(config)
+    assert built.model.model.config.model_type == "llama"
+    assert built.data.files == sorted((STDLIB / "json").rglob("*.py"))

@@ -103,11 +103,6 @@ class LoRA(TargetedMethod):
                 f"{who}: r={r} is more than {target.name!r} ({target.d_out} x {target.d_in}) can use. Lower r, give "
                 "it its own in rank_pattern, or set clip_rank=True."
             )
-        if self.dropout and target.site.read:
-            raise TargetError(
-                f"{who}: dropout={self.dropout} cannot act on {target.name!r}, whose weight is read without a call. "
-                "Set dropout=0, or leave it out with exclude_modules."
-            )
         return self.adapter_types[target.site.kind](target, r, self.scaling(target), self.dropout)
 
     def num_trainable(self, target: Target) -> int:

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test install lint types tests notebooks docs pretrain bench clean
+
+help:  ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(INSTALLED)  ## adapt a pre-trained ViT to new digits with five methods, show table and picture
+	$(BIN)/python tutorials/demo.py
+
+test: lint types tests notebooks docs  ## all that CI checks
+
+install: $(INSTALLED)  ## make .venv with all that development needs
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+lint: $(INSTALLED)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## type check
+	$(BIN)/mypy
+
+tests: $(INSTALLED)  ## tests and doctests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+notebooks: $(INSTALLED)  ## run every tutorial
+	$(BIN)/python -m pytest -n 2 --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials
+
+docs: $(INSTALLED)  ## build the site, strictly
+	$(BIN)/mkdocs build --strict --quiet
+
+pretrain: $(INSTALLED)  ## make the digits checkpoint of the demo again
+	$(BIN)/python tutorials/pretrain_digits.py
+
+bench: $(INSTALLED)  ## figures beside HF PEFT, in one run
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove what was made, the environment included
+	rm -rf .venv runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

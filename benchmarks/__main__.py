@@ -1,0 +1,39 @@
+"""Runs every benchmark and prints one table: ours, HF PEFT's, the ratio, and the goal for it."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import checkpoint_size, forward_backward, import_time, injection_time
+from benchmarks.row import Row
+
+
+def hardware() -> str:
+    """Processor, cores, torch: what a timing must be read with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Measure, and print as the table that is kept in benchmarks/README.md."""
+    rows: list[Row] = []
+    for benchmark in (import_time, injection_time, forward_backward, checkpoint_size):
+        rows += benchmark.run()
+    table = Table(title=hardware(), title_justify="left")
+    for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):
+        table.add_column(column, justify="left" if column == "What" else "right")
+    for row in rows:
+        table.add_row(row.what, row.shown(row.ours), row.shown(row.beside), f"{row.ours / row.beside:.2f}", row.goal)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()

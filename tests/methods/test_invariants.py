@@ -1,0 +1,271 @@
+"""What every registered method must satisfy. Adding a method adds no line here."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft import disabled, load_adapter, merge, save_adapter, set_active, set_trainable, unload, unmerge
+from lightning_peft.engine import METHODS, AdapterError, MergeError, Method, adapters_of, inject
+from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny, trainable
+
+CASES = [
+    pytest.param(example, id=f"{name}-{i}")
+    for name, cls in sorted(METHODS.items())
+    for i, example in enumerate(cls.examples())
+]
+every_example = pytest.mark.parametrize("method", CASES)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 13, 7)
+
+
+def adapted(method: Method, seed: int = 2) -> Tiny:
+    """Off the initial point."""
+    return moved(inject(tiny(), method), seed)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Over every parameter, with weight decay: a frozen one must stay for want of a gradient."""
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def train(model: nn.Module, x: Tensor, steps: int, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+    """Some steps towards a model of the same form."""
+    optimizer = optimizer or optimizer_of(model)
+    goal = torch.linspace(-1, 1, 3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), goal.expand(2, 13, 3))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS.keys())
+def test_the_start_is_as_declared(cls: type[Method], x: Tensor) -> None:
+    same = [torch.allclose(inject(tiny(), method)(x), tiny()(x), rtol=1e-6, atol=1e-6) for method in cls.examples()]
+    assert all(same) if cls.identity_at_init else not all(same)
+
+
+@every_example
+def test_moving_the_adapter_changes_the_output(method: Method, x: Tensor) -> None:
+    assert not torch.allclose(adapted(method)(x), tiny()(x), atol=1e-4)
+
+
+@every_example
+def test_the_loss_falls(method: Method, x: Tensor) -> None:
+    losses = train(inject(tiny(), method).train(), x, steps=20)
+    assert losses[-1] < 0.99 * losses[0]
+
+
+@every_example
+def test_every_trainable_parameter_gets_a_gradient(method: Method, x: Tensor) -> None:
+    model = adapted(method).train()
+    model(x).square().mean().backward()
+    assert trainable(model)
+    assert [name for name, p in trainable(model).items() if p.grad is None or not p.grad.any()] == []
+
+
+@every_example
+def test_frozen_parameters_do_not_move(method: Method, x: Tensor) -> None:
+    model = inject(tiny(), method).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    train(model, x, steps=3)
+    after = dict(model.named_parameters())
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
+
+
+@every_example
+def test_unload_gives_the_base_back_after_training(method: Method, x: Tensor) -> None:
+    model = inject(tiny(), method).train()
+    train(model, x, steps=3)
+    if method.keeps_base:
+        assert_unchanged(unload(model), snapshot(tiny()))
+    else:
+        with pytest.raises(AdapterError, match="no base to go back to"):
+            unload(model)
+
+
+@every_example
+def test_disabled_answers_as_the_base(method: Method, x: Tensor) -> None:
+    model = adapted(method)
+    before, y = snapshot(model), model(x)
+    if method.keeps_base:
+        with disabled(model):
+            assert torch.equal(model(x), tiny()(x))
+    else:
+        with pytest.raises(AdapterError, match="no base to go back to"), disabled(model):
+            pass
+    assert torch.equal(model(x), y)
+    assert_unchanged(model, before)
+
+
+@every_example
+def test_merged_equals_unmerged(method: Method, x: Tensor) -> None:
+    model = moved(inject(tiny().double(), method))
+    expected, before = model(x.double()), snapshot(model)
+    if not method.mergeable:
+        with pytest.raises(MergeError):
+            merge(model)
+        assert_unchanged(model, before)
+        return
+    # in float64 nothing but the order of the sums differs
+    torch.testing.assert_close(merge(model)(x.double()), expected, rtol=1e-10, atol=1e-10)
+
+
+@every_example
+def test_merged_model_is_plain(method: Method) -> None:
+    if method.mergeable:
+        merged, base = merge(adapted(method)), tiny()
+        assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
+        created = merged.state_dict().keys() - base.state_dict().keys()
+        assert base.state_dict().keys() <= merged.state_dict().keys()
+        assert all(key.endswith(".bias") for key in created)
+        assert all(p.dtype == torch.float32 for p in merged.parameters())
+
+
+@every_example
+def test_unmerge_undoes_merge(method: Method, x: Tensor) -> None:
+    if method.mergeable:
+        model = adapted(method)
+        before, y = snapshot(model), model(x)
+        merge(model)
+        assert_unchanged(unmerge(model), before)
+        assert torch.equal(model(x), y)
+
+
+@every_example
+def test_files_carry_the_whole_adapter(method: Method, x: Tensor, tmp_path: Path) -> None:
+    model = adapted(method)
+    loaded = load_adapter(tiny(), save_adapter(model, tmp_path))
+    assert torch.equal(loaded(x), model(x))
+    assert_unchanged(loaded, snapshot(model))
+
+
+@every_example
+def test_files_hold_nothing_but_the_adapter(method: Method, tmp_path: Path) -> None:
+    model = adapted(method)
+    folder = save_adapter(model, tmp_path)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size <= sum(p.nbytes for p in trainable(model).values()) + 16 * 1024
+
+
+@every_example
+def test_trainable_count_follows_the_formula(method: Method) -> None:
+    base = tiny()
+    whole = dict(base.named_parameters())
+    expected = sum(method.num_trainable(target) for target in method.targets(base))
+    expected += sum(whole[name].numel() for name in method.trained_in_place(base))
+    assert sum(p.numel() for p in trainable(inject(base, method)).values()) == expected
+
+
+@every_example
+def test_a_deep_copy_is_equal_and_apart(method: Method, x: Tensor) -> None:
+    model = adapted(method)
+    y, copied = model(x), copy.deepcopy(model)
+    assert torch.equal(copied(x), y)
+    moved(copied)
+    assert not torch.equal(copied(x), y)
+    assert torch.equal(model(x), y)
+
+
+@every_example
+def test_pickle_keeps_the_model(method: Method, x: Tensor) -> None:
+    model = adapted(method)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(x), model(x))
+    assert_unchanged(loaded, snapshot(model))
+
+
+@every_example
+def test_adapters_keep_their_precision_in_bfloat16(method: Method, x: Tensor) -> None:
+    model = adapted(method).to(torch.bfloat16)
+    assert {p.dtype for _, _, adapter in adapters_of(model) for p in adapter.parameters()} <= {torch.float32}
+    y = model(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: three layers of them may differ by some 2 %
+    torch.testing.assert_close(y.float(), adapted(method)(x), rtol=0.05, atol=0.05)
+    late = inject(tiny().to(torch.bfloat16), method)
+    assert {p.dtype for _, _, adapter in adapters_of(late) for p in adapter.parameters()} <= {torch.float32}
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS.keys())  # one example each: compiling takes its time
+def test_a_compiled_model_computes_the_same(cls: type[Method], x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = adapted(cls.examples()[0])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@every_example
+def test_injecting_twice_adds_nothing(method: Method) -> None:
+    model = adapted(method)
+    before = snapshot(model)
+    assert_unchanged(inject(model, method), before)
+
+
+@every_example
+def test_two_names_take_turns(method: Method, x: Tensor) -> None:
+    if method.trained_in_place(tiny()):
+        model = adapted(method)
+        before = snapshot(model)
+        with pytest.raises(AdapterError, match="two cannot share it"):
+            inject(model, method, name="second")
+        assert_unchanged(model, before)
+        return
+    model = adapted(method)
+    first = model(x)
+    inject(model, method, name="second")
+    set_active(model, "second")
+    set_trainable(model, "second")
+    assert {name.partition("adapters.")[2].partition(".")[0] for name in trainable(model)} == {"second"}
+    if method.identity_at_init:
+        torch.testing.assert_close(model(x), tiny()(x))
+    second = moved(model, seed=5)(x)
+    set_active(model, "default")
+    assert torch.equal(model(x), first)
+    set_active(model, ["default", "second"])
+    assert not torch.allclose(model(x), first)
+    assert not torch.allclose(model(x), second)
+    set_active(model, "second")
+    assert torch.equal(model(x), second)
+    assert torch.equal(unload(model, "default")(x), second)
+    assert_unchanged(unload(model), snapshot(tiny()))
+
+
+@every_example
+def test_injection_draws_no_global_random_numbers(method: Method) -> None:
+    model, before = tiny(), torch.get_rng_state()
+    inject(model, method)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_example
+def test_the_representation_rebuilds_the_method(method: Method) -> None:
+    assert eval(repr(method), {cls.__name__: cls for cls in METHODS.values()}) == method
+
+
+@every_example
+def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, x: Tensor) -> None:
+    through = inject(tiny(), method).train()
+    train(through, x, steps=4)
+
+    first = inject(tiny(), method).train()
+    optimizer = optimizer_of(first)
+    train(first, x, steps=2, optimizer=optimizer)
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
+    resumed = inject(tiny(), method).train()
+    resumed.load_state_dict(saved[0])
+    optimizer = optimizer_of(resumed)
+    optimizer.load_state_dict(saved[1])
+    train(resumed, x, steps=2, optimizer=optimizer)
+    assert_unchanged(resumed, snapshot(through))
