@@ -1,5 +1,6 @@
 """The command ``lightning-peft``: Lightning's own command line, with tools for adapter files beside it."""
 
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -37,6 +38,8 @@ def main(args: list[str] | None = None) -> None:
 
 def lightning_cli(args: list[str] | None = None, **kwargs: Any) -> Any:
     """Lightning's command line with our classes known by their short names: ``--model=ImageClassifier`` and so on."""
+    # Lightning calls jsonargparse in ways that newer versions deprecate; its user cannot mend that
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     try:
         from lightning.pytorch.cli import LightningCLI
     except ImportError as error:  # pragma: no cover - depends on what is installed
@@ -47,16 +50,16 @@ def lightning_cli(args: list[str] | None = None, **kwargs: Any) -> Any:
     return LightningCLI(args=args, save_config_kwargs={"overwrite": True}, parser_kwargs=parser, **kwargs)
 
 
-def merge(config: str, adapter: str, output: str) -> None:
+def merge(base: str, adapter: str, output: str) -> None:
     """Fold an adapter into the weights of its base and write the result.
 
     Args:
-        config: the YAML that the adapter was trained with; its ``model`` part builds the base.
+        base: the YAML that the adapter was trained with; its ``model`` part builds the base.
         adapter: the adapter folder.
         output: a ``.safetensors`` file for the weights under the names of the base model; for a transformers or
             diffusers model a folder, written by its ``save_pretrained``.
     """
-    module = lightning_cli(["--config", config], run=False).model
+    module = lightning_cli(["--config", base], run=False).model
     merge_adapters(load_adapter(module, adapter), keep_base=False)
     inner = [child for child in module.children() if next(child.parameters(), None) is not None]
     model = inner[0] if len(inner) == 1 else module

@@ -219,7 +219,8 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
     for name in names:
         if name in taken:
             raise AdapterError(
-                f"{who}: {name!r} is trained in place by adapter {taken[name]!r} already: two cannot share it."
+                f"{who}: {name!r} is trained in place by adapter {taken[name]!r} already, and two cannot share it. "
+                "Leave it out of one of them: modules_to_save=(), or exclude_modules."
             )
     for names_of_one in owners_of(model).values():
         chosen = [n for n in names_of_one if n in names]

@@ -109,6 +109,6 @@ def check_base(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -
     what = "the same model with other weights" if same_structure else "another model"
     raise AdapterFileError(
         f"the adapter in {source} was trained on {what}: {there['class']} with {there['parameters']} parameters "
-        f"(values {there['values']}); here is {here['class']} with {here['parameters']} (values {here['values']}). Load "
-        "the base that it was trained on first; load_adapter(..., allow_other_base=True) loads it all the same."
+        f"(values {there['values']}); here is {here['class']} with {here['parameters']} (values {here['values']}). "
+        "Load the base that it was trained on first; load_adapter(..., allow_other_base=True) loads it all the same."
     )

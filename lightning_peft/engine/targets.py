@@ -51,6 +51,8 @@ def sites(module: nn.Module) -> list[Site]:
         if module.in_proj_weight is not None:
             return [Site("linear", "in_proj_weight", "in_proj_bias", read=True)]
         return [Site("linear", f"{part}_proj_weight", None, read=True) for part in "qkv"]
+    if "weight" not in module._parameters:  # it is computed from others at each call: weight_norm, parametrize
+        return []
     if isinstance(module, nn.Linear):
         return [Site("linear", bias=bias, read=_has_own_forward(cls, nn.Linear, module))]
     for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
