@@ -69,10 +69,11 @@ def readme_table() -> str:
 
 
 def trained(cls: type[Method]) -> str:
-    """Numbers trained per adapted layer, by the formula of the method; else what it says it trains."""
-    if not cls.adapter_types:
+    """What trains by default: base parameters as the method describes them, or numbers per layer by its formula."""
+    if "trained_in_place" in vars(cls):
         return _summary(cls.trained_in_place)
-    return f"{_summary(cls.num_trainable)} per layer"
+    head = " and the head" if getattr(cls, "modules_to_save", ()) == "output-head" else ""
+    return f"{_summary(cls.num_trainable)} per layer{head}"
 
 
 def method_page(cls: type[Method]) -> str:
@@ -93,10 +94,11 @@ def method_page(cls: type[Method]) -> str:
         "Gives the base back": "yes, bit for bit" if cls.keeps_base else "no: no copy of the base is kept",
         "Meant for": ", ".join(cls.modalities),
     }
-    parts = [f"# {cls.__name__}", _plain(f"{_purpose(cls)} {text.split('Args:')[0].split('Raises:')[0].strip()}")]
+    paragraphs = re.split(r"^(?:Args|Raises):", text, flags=re.M)[0].strip().split("\n\n")
+    parts = [f"# {cls.__name__}", _purpose(cls), *map(_plain, paragraphs[1:])]
     parts.append(_table(["Fact", ""], [[key, value] for key, value in facts.items()]))
     for label, value in labels.items():
-        prose = label in ("Paper", "Deviates from the paper") or label.startswith("Source")
+        prose = label not in ("Formula", "Shapes", "Init", "Merge", "Schedule", "Loss")
         parts.append(f"**{label}**\n\n{_plain(value) if prose else f'`{value}`'}")
     parts.append(f"## Use\n\n```python\n{_use(cls)}\n```\n\n```console\n{_command(cls)}\n```")
     if arguments:
@@ -105,7 +107,7 @@ def method_page(cls: type[Method]) -> str:
     if errors:
         parts.append("## Errors\n\n" + "\n".join(f"- `{name}`: {_plain(why)}" for name, why in errors.items()))
     if doctest:
-        parts.append(f"## Checked example\n\n```pycon\n{doctest.strip()}\n```")
+        parts.append(f"## Checked example\n\n```pycon\n>>> from lightning_peft import {cls.__name__}\n{doctest.strip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -24,7 +24,7 @@ in an adapter file, 'lightning-peft methods' lists all methods."""
 def main(args: list[str] | None = None) -> None:
     """Run ``lightning-peft`` with these arguments, or those of the process."""
     arguments = sys.argv[1:] if args is None else args
-    tools = {"merge": merge, "inspect": inspect, "methods": methods}
+    tools: dict[str, Any] = {"merge": merge, "inspect": inspect, "methods": methods}
     try:
         if arguments and arguments[0] in tools:
             from jsonargparse import auto_cli

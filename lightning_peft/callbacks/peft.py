@@ -169,7 +169,7 @@ class PEFT(L.Callback):
             original(self, checkpoint)
 
         own = "on_load_checkpoint" in vars(module_class)
-        module_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+        module_class.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign, assignment]
         try:
             return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
         finally:
@@ -187,7 +187,7 @@ def _named(method: Method | Sequence[Method] | str | None, name: str, init_from:
         if facts is None:
             raise AdapterError(f"PEFT: {init_from} does not say which method made it. Give the method too.")
         method = method_from(facts)
-    several = method if isinstance(method, list | tuple) else [method]
+    several: Sequence[Any] = method if isinstance(method, list | tuple) else [method]
     found = [get_method(m)() if isinstance(m, str) else m for m in several]
     for m in found:
         if not isinstance(m, Method):

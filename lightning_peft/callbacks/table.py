@@ -45,8 +45,8 @@ def adapter_table(model: nn.Module, name: str = "default") -> Table:
     table.add_column("Base")
     table.add_column("Adapter", footer=f"{100 * trainable / total:.2f} % of {total:,}")
     table.add_column("Trainable", justify="right", footer=f"{trainable:,}")
-    for (where, base, adapter), sizes in groups.items():
-        table.add_row(where, str(len(sizes)), base, adapter, f"{sum(sizes):,}")
+    for (where, base, what), sizes in groups.items():
+        table.add_row(where, str(len(sizes)), base, what, f"{sum(sizes):,}")
     return table
 
 

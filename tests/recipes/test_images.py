@@ -115,6 +115,16 @@ def test_same_seed_same_batches():
     assert not torch.equal(one[0], other[0])
 
 
+def test_training_images_are_shuffled_anew_in_each_epoch_and_others_keep_their_order():
+    data = ready(digits=(0, 1), half="first", batch_size=1000)
+    train, val = data.train_dataloader(), data.val_dataloader()
+    (first, _), (second, _) = next(iter(train)), next(iter(train))
+    assert not torch.equal(first, second)
+    assert torch.equal(next(iter(val))[0], data.splits["val"].tensors[0])
+    data.seed += 1
+    assert not torch.equal(first, next(iter(data.train_dataloader()))[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,11 +162,12 @@ def test_logged_values_are_averages_over_images_not_over_batches():
     logged = run.validate(module, data, verbose=False)[0] | run.test(module, data, verbose=False)[0]
     module.eval()
     with torch.no_grad():
-        (images, labels), (unseen, answers) = data.splits["val"].tensors, data.splits["test"].tensors
+        for stage in ("test", "val"):
+            images, labels = data.splits[stage].tensors
+            accuracy = (module(images).argmax(1) == labels).float().mean().item()
+            assert logged[f"{stage}_acc"] == pytest.approx(accuracy, rel=1e-6)
         loss = torch.nn.functional.cross_entropy(module(images), labels).item()
-        accuracy = (module(unseen).argmax(1) == answers).float().mean().item()
     assert logged["val_loss"] == pytest.approx(loss, rel=1e-5)
-    assert logged["test_acc"] == pytest.approx(accuracy, rel=1e-6)
 
 
 def test_frozen_parameters_stay_out_of_the_optimizer():
