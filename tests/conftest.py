@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 torch.set_num_threads(1)  # several workers share the cores
+_device_constructors()  # remembers what `with torch.device(...)` acts on: before any of it is replaced below
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType
+from typing import Any
 
 from torch import nn
 
@@ -42,14 +43,30 @@ def _weights_read(cls: type[nn.Module]) -> frozenset[tuple[str | None, str]]:
     found, seen, todo = set(), set(), ["forward"]
     while todo:
         name = todo.pop()
-        function = inspect.unwrap(getattr(cls, name))
-        if name in seen or not hasattr(function, "__code__"):
+        if name in seen:
             continue
         seen.add(name)
-        for code in _nested(function.__code__):
-            found |= set(_reads_in(code))
-            todo += [n for n in code.co_names if callable(getattr(cls, n, None)) and not hasattr(nn.Module, n)]
+        for function in _functions(cls, name):
+            codes = list(_nested(function.__code__))
+            for code in codes:
+                found |= set(_reads_in(code))
+                todo += [n for n in code.co_names if hasattr(cls, n) and not hasattr(nn.Module, n)]
+            if not any(name in code.co_names for code in codes):
+                break  # it does not hand over to the one of its parent
     return frozenset(found)
+
+
+def _functions(cls: type[nn.Module], name: str) -> Iterator[Any]:
+    """What runs when this method or property is used: that of ``cls``, then those of its parents."""
+    for parent in cls.__mro__:
+        member: Any = vars(parent).get(name)
+        if isinstance(member, property):
+            member = member.fget
+        elif isinstance(member, classmethod | staticmethod):
+            member = member.__func__
+        function = inspect.unwrap(member) if callable(member) else None
+        if hasattr(function, "__code__"):
+            yield function
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

@@ -45,6 +45,8 @@ def tensor_names(path: str, module: nn.Module, adapter: Adapter) -> dict[str, tu
     Raises:
         AdapterFileError: HF PEFT has no place for this adapter, or computes something else with it.
     """
+    if not path:
+        raise AdapterFileError("HF PEFT adapts the layers inside a model, not a model that is one layer.")
     if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
         raise AdapterFileError(f"HF PEFT adds the update of out_proj twice in nn.MultiheadAttention ({path}).")
     if adapter.site.kind == "conv" and module.groups != 1:

@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import SSF, BitFit, DoRA, FullFineTuning, LinearProbe, LoRA, disabled, inject, unload
-from lightning_peft import set_active, set_trainable
+from lightning_peft import (
+    SSF,
+    BitFit,
+    DoRA,
+    FullFineTuning,
+    LinearProbe,
+    LoRA,
+    disabled,
+    inject,
+    set_active,
+    set_trainable,
+    unload,
+)
 from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, TargetedMethod, TargetError, adapters_of
 from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny, trainable
 
@@ -75,9 +86,9 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], list[str]]] = [
     (Reading, LoRA(r=2, dropout=0.1), {}, ["'qkv'", "Reading reads", "set dropout=0"]),
     (Reading, Gated(), {}, ["Gate cannot act on 'qkv'", "Reading reads", "not a change of weights"]),
     (attention, Gated(), {}, ["Gate cannot act on", "MultiheadAttention reads"]),
-    (lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6)), Gated(target_modules="linear1"), {}, ["Gate cannot act"]),
+    (lambda: nn.TransformerEncoderLayer(4, 2, 6), Gated(target_modules="linear1"), {}, ["Gate cannot act"]),
     (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(6, 2, kdim=3)}), SSF(modules_to_save=()), {}, ["no bias"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("build", "method", "options", "parts"), REFUSED)
@@ -286,10 +297,10 @@ def test_an_adapter_that_is_no_change_of_a_weight_acts_when_its_layer_is_called(
 
 
 def test_normalisation_without_weights_follows_the_precision_of_its_input() -> None:
-    base = nn.Sequential(nn.LayerNorm(5, elementwise_affine=False))
-    model = inject(base, SSF(modules_to_save=()))
+    base = nn.ModuleDict({"norm": nn.LayerNorm(5, elementwise_affine=False), "other": nn.Linear(2, 2)})
+    norm = inject(base, SSF(modules_to_save=()))["norm"]
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
-        assert model(torch.randn(3, 5, dtype=dtype)).dtype == dtype
+        assert norm(torch.randn(3, 5, dtype=dtype)).dtype == dtype
 
 
 def test_target_errors_are_value_errors() -> None:

@@ -86,6 +86,16 @@ class Inherits(Reads):
     pass
 
 
+class HandsOverToItsParent(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class ReplacesItsParent(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
 class AsksForItsType(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x.to(self.proj.weight.dtype))
@@ -100,6 +110,7 @@ READING = [
     ReadsInAList,
     ReadsBehindADecorator,
     Inherits,
+    HandsOverToItsParent,
 ]
 
 
@@ -111,7 +122,7 @@ def test_a_weight_that_is_read_is_the_effective_one(cls: type[nn.Module]) -> Non
     assert_same(model, reference, x)
 
 
-@pytest.mark.parametrize("cls", [Calls, AsksForItsType])
+@pytest.mark.parametrize("cls", [Calls, AsksForItsType, ReplacesItsParent])
 def test_a_layer_that_is_called_has_no_readers(cls: type[nn.Module]) -> None:
     assert readers(nn.Sequential(cls()), "0.proj", "weight") == []
 
