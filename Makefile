@@ -34,7 +34,7 @@ notebooks: $(INSTALLED)  ## run every tutorial
 	$(BIN)/python -m pytest -n 2 --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials
 
 docs: $(INSTALLED)  ## build the site, strictly
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pretrain: $(INSTALLED)  ## make the digits checkpoint of the demo again
 	$(BIN)/python tutorials/pretrain_digits.py

@@ -107,7 +107,9 @@ def method_page(cls: type[Method]) -> str:
     if errors:
         parts.append("## Errors\n\n" + "\n".join(f"- `{name}`: {_plain(why)}" for name, why in errors.items()))
     if doctest:
-        parts.append(f"## Checked example\n\n```pycon\n>>> from lightning_peft import {cls.__name__}\n{doctest.strip()}\n```")
+        parts.append(
+            f"## Checked example\n\n```pycon\n>>> from lightning_peft import {cls.__name__}\n{doctest.strip()}\n```"
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,6 +23,8 @@ TOP = Path(__file__).parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 PROSE = [*PAGES, TOP / "CONTRIBUTING.md", TOP / "tutorials" / "README.md"]
 BLOCK = re.compile(r"^(<!-- not executed -->\n)?```python\n(.*?)^```$", re.M | re.S)
+# what a page says is printed: a comment behind or below a print, and tables
+PRINTED = re.compile(r"^print\([^\n]*\)(?:  # ([^\n]*)|\n((?:# [^\n]*\n)+))|^```text\n(PEFT '.*?)^```$", re.M | re.S)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -77,7 +79,9 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*number of training batches")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")  # lightning 2.6 calls what torch 2.15 has deprecated
-def test_the_code_of_a_page_runs(page: Path, namespace: dict[str, Any]) -> None:
+def test_the_code_of_a_page_runs_and_prints_what_it_says(
+    page: Path, namespace: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     text = page.read_text()
     for block in BLOCK.finditer(text):
         skipped, code = block.groups()
@@ -86,6 +90,10 @@ def test_the_code_of_a_page_runs(page: Path, namespace: dict[str, Any]) -> None:
         if not skipped:
             # blank lines in front: an error shows the line of the page
             exec(compile("\n" * text.count("\n", 0, block.start(2)) + code, str(page), "exec"), namespace)
+    printed = " ".join(capsys.readouterr().out.split())
+    for behind, below, table in PRINTED.findall(text):
+        said = " ".join((behind or table or re.sub("^# ", "", below, flags=re.M)).split())
+        assert said in printed
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(TOP)))

@@ -71,7 +71,10 @@ def inject_from(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Key in ``state_dict`` -> value of each frozen base parameter, and of each base buffer that has not changed."""
+    """Key in ``state_dict`` -> value of each frozen base parameter, and of each base buffer that has not changed.
+
+    What lies outside the adapted part of ``module``, or requires gradients all the same, is not base: it may train.
+    """
     root = adapted_root(module)
     prefix = next(f"{name}." if name else "" for name, m in module.named_modules() if m is root)
     record = record_of(root)
@@ -79,10 +82,10 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     base: dict[str, Tensor] = {}
     for key, value in module.state_dict(keep_vars=True).items():
         inside = key.removeprefix(prefix)
-        if "adapters" in key.split("."):
+        if not key.startswith(prefix) or "adapters" in key.split("."):
             continue
         if isinstance(value, nn.Parameter):
-            if id(value) not in trained:
+            if id(value) not in trained and not value.requires_grad:
                 base[key] = value.detach()
         elif inside in record.buffers and torch.equal(value, record.buffers[inside].to(value.device)):
             base[key] = value

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks import checkpoints
@@ -61,6 +61,7 @@ class PEFT(L.Callback):
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
+        self._gradients_seen = True
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
     @property
@@ -97,6 +98,7 @@ class PEFT(L.Callback):
                 "they were injected. Freeze before fit, or let PEFT do it."
             )
         _check_optimizers(trainer, pl_module)
+        self._gradients_seen = False
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"trainable_parameters": trainable, "trainable_percent": 100 * trainable / total}, step=0
@@ -116,6 +118,24 @@ class PEFT(L.Callback):
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             if frozen and is_norm and module.training and f"{name}.weight" not in trained:
                 self._held.append(module.eval())
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Once, after the first backward: warn of adapters that no gradient reached."""
+        if self._gradients_seen:
+            return
+        self._gradients_seen = True
+        idle = [
+            f"{path} ({type(adapter).__name__})"
+            for path, _, adapter in adapters_of(adapted_root(pl_module))
+            if all(p.grad is None for p in adapter.parameters()) and any(p.requires_grad for p in adapter.parameters())
+        ]
+        if idle:
+            rank_zero_warn(
+                f"{len(idle)} adapters got no gradient in the first backward: {', '.join(idle[:3])}, ... Either their "
+                "layers were not used in this batch, or their weights are read in a way that hides it (a helper "
+                "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
+                "with exclude_modules, or let the model call them."
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the adapter folder, if one was asked for; give the modes back."""

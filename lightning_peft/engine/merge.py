@@ -81,6 +81,12 @@ def unmerge(model: ModelT) -> ModelT:
     merged: Merged = record.merged
     modules = dict(model.named_modules())
     for path, parameters in merged.parameters.items():
+        device = next(p.device for name in parameters if (p := modules[path]._parameters[name]) is not None)
+        for name, parameter in parameters.items():
+            if parameter is not None and parameter.device != device:  # the model has been moved since
+                parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
+        if path in merged.adapters:
+            merged.adapters[path].to(device)
         modules[path]._parameters.update(parameters)
     attach(model, merged.adapters, merged.active)
     for name, parameter in model.named_parameters():

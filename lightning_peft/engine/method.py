@@ -127,7 +127,8 @@ def register(name: str) -> Callable[[M], M]:
     def add(cls: M) -> M:
         if name in METHODS:
             raise AdapterError(f"the method name {name!r} is taken by {METHODS[name].__qualname__}. Choose another.")
-        cls.name, cls.family = name, cls.__module__.split(".")[-2]
+        # lightning_peft.methods.lora.lora -> lora; a method of a script or a notebook is a family by itself
+        cls.name, cls.family = name, (cls.__module__.split(".")[-2:-1] or [cls.__module__])[0]
         cls.__repr__ = _changed_arguments  # type: ignore[method-assign]
         METHODS[name] = cls
         return cls

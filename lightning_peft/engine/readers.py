@@ -23,7 +23,7 @@ def readers(model: nn.Module, owner: str, parameter: str) -> list[nn.Module]:
     """The ancestors of module ``owner`` in ``model`` whose forward reads its ``parameter``."""
     path = owner.split(".")
     ancestors = [(model.get_submodule(".".join(path[:depth])), path[depth:]) for depth in range(len(path))]
-    return [module for module, below in ancestors if _reads(base_class(module), below, parameter)]
+    return [module for module, below in ancestors if _reads(module, below, parameter)]
 
 
 def reads_in_training(reader: nn.Module) -> bool:
@@ -31,9 +31,13 @@ def reads_in_training(reader: nn.Module) -> bool:
     return not isinstance(reader, nn.TransformerEncoder | nn.TransformerEncoderLayer)
 
 
-def _reads(cls: type[nn.Module], below: list[str], parameter: str) -> bool:
+def _reads(module: nn.Module, below: list[str], parameter: str) -> bool:
     # a read through a local variable or an index does not tell whose weight it is: take it for a child's
-    found = _weights_read(cls)  # type: ignore[arg-type]  # mypy takes a class for unhashable here
+    found = set(_weights_read(base_class(module)))  # type: ignore[arg-type]  # mypy takes a class for unhashable here
+    patched = module.__dict__.get("_own_forward", module.__dict__.get("forward"))
+    function: Any = None if patched is None else inspect.unwrap(getattr(patched, "__func__", patched))
+    if hasattr(function, "__code__"):
+        found |= {read for code in _nested(function.__code__) for read in _reads_in(code)}
     return (below[-1], parameter) in found or (len(below) <= 2 and (None, parameter) in found)
 
 

@@ -160,7 +160,7 @@ def active_adapters(module: Any, parameter: str) -> tuple[Adapter, ...]:
 class Slot:
     """What a swapped class puts in front of the class that the module had."""
 
-    _live: dict[str, Tensor | None] | None
+    _live: dict[tuple[str, bool], Tensor | None] | None
     _reads: list[Any]
     _active: tuple[str, ...]
     _called: tuple[Adapter, ...]
@@ -199,13 +199,15 @@ def _effective_property(parameter: str) -> property:
         raw, live = self._parameters[parameter], self._live
         if live is None:
             return raw
-        if parameter not in live:
-            live[parameter] = raw
+        graph = torch.is_grad_enabled()  # a value made without a graph must not serve where gradients are wanted
+        if (parameter, graph) not in live:
+            live[parameter, graph] = raw
             adapters = active_adapters(self, parameter)
             if adapters:
                 site = adapters[-1].site
-                live.update(site.store(self, *effective(self, site, adapters), self._dtype))
-        return live[parameter]
+                stored = site.store(self, *effective(self, site, adapters), self._dtype)
+                live.update({(name, graph): value for name, value in stored.items()})
+        return live[parameter, graph]
 
     return property(value)
 

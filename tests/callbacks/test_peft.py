@@ -333,6 +333,28 @@ def test_a_model_adapted_by_hand_before_is_used_as_it_is(tmp_path: Path) -> None
     assert (tmp_path / "folder" / "adapter_model.safetensors").is_file()
 
 
+def test_what_trains_beside_a_part_that_was_adapted_by_hand_is_saved_too(tmp_path: Path) -> None:
+    module = Lit()
+    inject(module.net["q_proj"], LoRA(r=2))
+    fitted(tmp_path, module, PEFT(LoRA(r=2), summary=False)).save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(stored["net.head.weight"], module.net["head"].weight)
+    assert "net.q_proj.weight" not in stored
+
+
+def test_an_adapter_that_no_gradient_reaches_is_reported(tmp_path: Path) -> None:
+    def hidden_read(layer: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    class Hides(Lit):
+        def forward(self, x: Tensor) -> Tensor:
+            net = self.net
+            return net["head"](net["v_proj"](torch.tanh(hidden_read(net["q_proj"], x))))
+
+    with pytest.warns(UserWarning, match=r"1 adapters got no gradient .* net\.q_proj \(LowRank\)"):
+        fitted(tmp_path, Hides())
+
+
 def test_the_users_own_checkpoint_hooks_still_run(tmp_path: Path) -> None:
     class Hooked(Lit):
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

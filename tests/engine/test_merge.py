@@ -147,6 +147,24 @@ def test_normalisation_without_weights_gets_some_in_the_precision_of_the_model(d
     assert_unchanged(unmerge(model), before)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_normalisation_over_several_axes_is_scaled_along_the_first(bias: bool) -> None:
+    base = nn.Sequential(nn.LayerNorm((3, 3), bias=bias)).double()  # as wide as it is high: an axis could be mistaken
+    x = torch.randn(2, 3, 3, dtype=torch.float64)
+    y = base(x)
+    model = moved(inject(base, SSF(modules_to_save=())))
+    (_, _, adapter), *_ = adapters_of(model)
+    expected = y * adapter.scale[:, None] + adapter.shift[:, None]
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(merge(model)(x), expected)
+
+
+def test_unmerge_follows_a_model_that_was_moved() -> None:
+    model = merge(moved(inject(tiny(), LoRA(r=2)))).to("meta")
+    unmerge(model)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def test_fused_activation_of_a_normalisation_stays_after_scale_and_shift() -> None:
     from timm.layers import BatchNormAct2d, LayerNorm2d
 

@@ -1,6 +1,7 @@
 """Who reads a weight without calling its layer is found from the code, whatever the spelling."""
 
 import functools
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -120,6 +121,13 @@ def test_a_weight_that_is_read_is_the_effective_one(cls: type[nn.Module]) -> Non
     x = torch.randn(3, 4, dtype=torch.float64)
     assert_same(model, reference, x)
     assert_same(model, reference, x)
+
+
+def test_a_forward_patched_onto_an_instance_may_read_too() -> None:
+    base = nn.Sequential(Calls().double())
+    base[0].forward = MethodType(Reads.forward, base[0])  # type: ignore[method-assign]
+    model, reference = lora(base)
+    assert_same(model, reference, torch.randn(3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("cls", [Calls, AsksForItsType, ReplacesItsParent])

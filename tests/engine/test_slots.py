@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import DoRA, LoRA, inject, merge, set_active, unload
 from lightning_peft.engine import Adapter, adapters_of
@@ -326,6 +327,37 @@ def test_error_inside_a_forward_leaves_no_effective_weight_behind() -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             assert getattr(module, name) is parameter
+
+
+class LooksFirst(ReadingAttention):
+    """Looks at the weight without a graph before it computes with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = self.qkv.weight.norm()
+        return super().forward(x) / norm
+
+
+def test_a_look_without_a_graph_takes_no_gradient_away() -> None:
+    model, reference = lora(nn.Sequential(LooksFirst()), target_modules="qkv")
+    x = torch.randn(2, 5, 6)
+    assert_same(model, reference, x)
+    model(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    (_, _, adapter), *_ = adapters_of(model)
+    torch.testing.assert_close(adapter.lora_A.grad, 3.0 * adapter.lora_B.T @ reference[0].qkv.weight.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_survive_activation_checkpointing(reentrant: bool) -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.0, batch_first=True)
+    model, _ = lora(nn.Sequential(layer))
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    checkpoint(model[0], x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
 
 
 def test_gradients_are_those_of_the_formula() -> None:

@@ -46,8 +46,12 @@ class ScaleShift(Adapter):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Rows times scale, bias times scale plus shift."""
-        rows = self.scale[(..., *[None] * (weight.dim() - 1))]
-        return weight * rows, self.shift if bias is None else bias * self.scale + self.shift
+        rows = (..., *[None] * (weight.dim() - 1))
+        shift: Tensor = self.shift
+        scale: Tensor = self.scale
+        if self.site.kind == "norm":  # its bias has the shape of its weight
+            scale, shift = scale[rows], shift[rows].expand_as(weight)
+        return weight * self.scale[rows], shift if bias is None else bias * scale + shift
 
     def unmergeable_because(self) -> str | None:
         """RMSNorm has nowhere to put a shift."""
