@@ -17,12 +17,10 @@ from lightning_peft.engine import Adapter, adapters_of
 from tests.engine.by_hand import assert_same, lora
 from tests.methods.backbones import assert_unchanged, moved, snapshot
 
-torch_default = torch.float64
-
 
 @pytest.fixture(autouse=True)
 def in_float64() -> Any:
-    torch.set_default_dtype(torch_default)
+    torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -84,7 +82,6 @@ def test_convolution_equals_dense(conv: nn.Module, shape: tuple[int, ...]) -> No
 def test_any_convolution_merges(
     groups: int, per_group: tuple[int, int], kernel: tuple[int, int], stride: int, dilation: int, method: type[LoRA]
 ) -> None:
-    torch.set_default_dtype(torch_default)
     c_in, c_out = (groups * channels for channels in per_group)
     conv = nn.Conv2d(c_in, c_out, kernel, stride=stride, dilation=dilation, groups=groups)
     model = moved(inject(nn.Sequential(conv), method(r=3, clip_rank=True, target_modules="all-layers")))
@@ -104,7 +101,6 @@ def test_any_convolution_merges(
 def test_any_linear_layer_merges(
     sizes: tuple[int, int], batch: list[int], r: int, bias: bool, method: type[LoRA]
 ) -> None:
-    torch.set_default_dtype(torch_default)
     base = nn.Sequential(nn.Linear(*sizes, bias=bias))
     model = moved(inject(base, method(r=r, clip_rank=True)))
     x = torch.randn(*batch, sizes[0])
