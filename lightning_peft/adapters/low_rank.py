@@ -25,12 +25,10 @@ class LowRank(Adapter):
 
     def __init__(self, target: Target, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
-        weight = target.site.get(target.module)[0]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(r, *weight.shape[1:], dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(weight.shape[0], r, dtype=dtype, device=weight.device))
+        self.lora_A = target.new_parameter(r, *target.shape[1:])
+        self.lora_B = target.new_parameter(target.d_out, r)
         # a tensor: changing it does not recompile a compiled model
-        self.register_buffer("scaling", torch.tensor(scaling, dtype=dtype, device=weight.device), persistent=False)
+        self.register_buffer("scaling", self.lora_B.new_tensor(scaling), persistent=False)
         self.dropout = dropout
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:

@@ -42,6 +42,12 @@ class Target:
         """Input features; for a convolution input channels of one group times kernel size."""
         return self.shape[1:].numel()
 
+    def new_parameter(self, *size: int) -> nn.Parameter:
+        """A parameter for an adapter, not yet filled: beside the weight, in its precision but float32 at least."""
+        weight = self.site.get(self.module)[0]
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return nn.Parameter(torch.empty(size, dtype=exact, device=weight.device))
+
 
 def sites(module: nn.Module) -> list[Site]:
     """The weights of one module that adapters can sit on; empty for a module of unknown type."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, matches, register
 
@@ -27,10 +27,7 @@ class Rescaling(Adapter):
     def __init__(self, target: Target, method: "IA3") -> None:
         super().__init__()
         self.on_input = method.is_feedforward(target)
-        weight = target.site.get(target.module)[0]
-        size = target.d_in if self.on_input else target.d_out
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.scale = nn.Parameter(torch.empty(size, dtype=dtype, device=weight.device))
+        self.scale = target.new_parameter(target.d_in if self.on_input else target.d_out)
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """All ones."""

@@ -26,11 +26,8 @@ class ScaleShift(Adapter):
     def __init__(self, target: Target, method: "SSF") -> None:
         super().__init__()
         self.init_std = method.init_std
-        weight = target.site.get(target.module)[0]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.scale = nn.Parameter(torch.empty(weight.shape[0], dtype=dtype, device=weight.device))
-        self.shift = nn.Parameter(torch.empty(weight.shape[0], dtype=dtype, device=weight.device))
-        self.axes_after = max(weight.dim() - 2, 0)  # spatial axes behind the channels of an output
+        self.scale, self.shift = target.new_parameter(target.d_out), target.new_parameter(target.d_out)
+        self.axes_after = max(len(target.shape) - 2, 0)  # spatial axes behind the channels of an output
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """scale ~ N(1, init_std^2), shift ~ N(0, init_std^2)."""

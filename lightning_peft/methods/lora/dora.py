@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv, LowRankEmbedding
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
@@ -23,7 +23,7 @@ class Decomposed(LowRank):
 
     def __init__(self, target: Target, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(target, r, scaling, dropout)
-        self.magnitude = nn.Parameter(self.lora_B.new_empty(target.d_out))
+        self.magnitude = target.new_parameter(target.d_out)
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """As LoRA; the magnitude is the norm of each row of the weight below."""

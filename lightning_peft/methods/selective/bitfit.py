@@ -22,9 +22,7 @@ class CreatedBias(Adapter):
 
     def __init__(self, target: Target, method: "BitFit") -> None:
         super().__init__()
-        weight = target.site.get(target.module)[0]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.bias = nn.Parameter(torch.empty(target.d_out, dtype=dtype, device=weight.device))
+        self.bias = target.new_parameter(target.d_out)
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """Zero."""
