@@ -40,11 +40,12 @@ class LowRank(Adapter):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """y = layer(x) + scaling * B (A dropout(x)); two thin products, the delta is never built."""
         y = layer(x)
-        return y + self.product(x, layer).to(y.dtype)
+        return y + _cast(self.product(x, layer), y.dtype)
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d_out) for x (..., d_in)."""
-        h = F.linear(self.drop(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)
+        down = self.lora_A
+        h = F.linear(self.drop(_cast(x, down.dtype)), down)  # (..., r)
         return F.linear(h, self.scaling * self.lora_B)
 
     def drop(self, x: Tensor) -> Tensor:
@@ -58,6 +59,10 @@ class LowRank(Adapter):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + scaling * B A."""
         return weight + self.delta(), bias
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # asking first is cheaper: this runs for every layer
 
 
 class LowRankConv(LowRank):
