@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -120,22 +121,28 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
     """Let the adapters of these names act, and no others; which of them train does not change.
 
     Raises:
-        AdapterError: there is no adapter of that name, or a method that keeps no copy of the base would be left.
+        AdapterError: there is no adapter of that name, a method that keeps no copy of the base would be left, or two
+            of them train the same parameter in place.
     """
     record = record_of(model)
     wanted = (names,) if isinstance(names, str) else tuple(names)
     check_known(record, wanted)
-    for name, injection in record.injections.items():
-        if injection.active != (name in wanted):
-            check_restorable(injection)
+    changing = [i for name, i in record.injections.items() if i.active != (name in wanted)]
+    for injection in changing:
+        check_restorable(injection)
+    shared = Counter(n for name in wanted for n in record.injections[name].in_place)
+    if shared and shared.most_common(1)[0][1] > 1:
+        raise AdapterError(
+            f"{shared.most_common(1)[0][0]!r} is trained in place by several of {', '.join(wanted)}: only one of them "
+            "can act at a time."
+        )
     for _, module in slots.slots(model):
         slots.set_active(module, wanted)
     parameters = dict(model.named_parameters())
-    for name, injection in record.injections.items():
-        if injection.active != (name in wanted):
-            injection.active = not injection.active
-            for n, other in injection.in_place.items():
-                _exchange(parameters[n], other)  # type: ignore[arg-type]
+    for injection in sorted(changing, key=lambda i: not i.active):  # first those that leave: they give the base back
+        injection.active = not injection.active
+        for n, other in injection.in_place.items():
+            _exchange(parameters[n], other)  # type: ignore[arg-type]
 
 
 def set_trainable(model: nn.Module, names: str | Iterable[str]) -> None:
@@ -147,12 +154,12 @@ def set_trainable(model: nn.Module, names: str | Iterable[str]) -> None:
     record = record_of(model)
     wanted = (names,) if isinstance(names, str) else tuple(names)
     check_known(record, wanted)
-    parameters = dict(model.named_parameters())
-    for name, injection in record.injections.items():
+    for name in record.injections:
         for _, _, adapter in adapters_of(model, name):
             adapter.requires_grad_(name in wanted)
-        for n in injection.in_place:
-            parameters[n].requires_grad_(name in wanted)
+    trained = {n for name in wanted for n in record.injections[name].in_place}
+    for n in {n for injection in record.injections.values() for n in injection.in_place}:
+        model.get_parameter(n).requires_grad_(n in trained)
 
 
 @contextmanager
@@ -215,12 +222,14 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
 
 
 def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
-    taken = {n: a for a, i in record_of(model).injections.items() for n in i.in_place} if has_record(model) else {}
+    injections = record_of(model).injections if has_record(model) else {}
+    taken = {n: a for a, i in injections.items() if i.active for n in i.in_place}
     for name in names:
         if name in taken:
             raise AdapterError(
                 f"{who}: {name!r} is trained in place by adapter {taken[name]!r} already, and two cannot share it. "
-                "Leave it out of one of them: modules_to_save=(), or exclude_modules."
+                f"Leave it out of one of them (modules_to_save=(), or exclude_modules), or set_active(model, ()) first "
+                "and let one act at a time."
             )
     for names_of_one in owners_of(model).values():
         chosen = [n for n in names_of_one if n in names]
@@ -286,6 +295,7 @@ def _freeze(model: nn.Module, record: Record) -> None:
 
 
 def check_restorable(injection: Injection) -> None:
+    """Raise an `AdapterError` if the base value of what was trained in place is not known any more."""
     if any(other is None for other in injection.in_place.values()):
         raise AdapterError(
             f"{type(injection.method).__name__} trained the base in place and kept no copy of it, so there is no base "

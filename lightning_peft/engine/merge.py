@@ -117,7 +117,8 @@ def unload(model: ModelT, name: str | None = None) -> ModelT:
             for key in [key for key in adapters if key.partition(":")[0] == left]:
                 del adapters[key]
         for parameter in record.injections.pop(left).in_place:
-            model.get_parameter(parameter).requires_grad_(False)
+            still_trained = any(parameter in injection.in_place for injection in record.injections.values())
+            model.get_parameter(parameter).requires_grad_(still_trained)
     if record.injections:
         attach(model, {path: adapters for path, adapters in held.items() if len(adapters)}, active)
         return model

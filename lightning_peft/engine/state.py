@@ -1,7 +1,7 @@
 """Adapter state: which tensors belong to an adapter, under which keys, and which base they belong to."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -71,14 +71,19 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
             there[key].copy_(value)
 
 
-def fingerprint(model: nn.Module, prefix: str = "") -> dict[str, str | int | None]:
+def fingerprint(
+    model: nn.Module, prefix: str = "", names: Collection[str] | None = None
+) -> dict[str, str | int | None]:
     """What tells one base from another, however it is cast or wrapped.
 
     ``structure`` hashes names and shapes of the base parameters. ``values`` hashes up to 128 values of each frozen
     one, in bfloat16 so that a cast checkpoint stays the same base; None for a model without values (meta device).
-    Only parameters whose names begin with ``prefix`` count, named without it.
+    Only parameters whose names begin with ``prefix`` count, named without it. Frozen is what the adapters ``names``
+    (all, by default) do not train in place; of what others train, the base value counts.
     """
-    trained = {key for i in record_of(model).injections.values() for key in i.in_place}
+    injections = record_of(model).injections
+    trained = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
+    before = {key: other for i in injections.values() if i.active for key, other in i.in_place.items()}
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
     base = {n: p for n, p in model.named_parameters() if n.startswith(prefix) and "adapters" not in n.split(".")}
     for name, parameter in sorted(base.items()):
@@ -86,7 +91,8 @@ def fingerprint(model: nn.Module, prefix: str = "") -> dict[str, str | int | Non
         count += parameter.numel()
         real = real and not parameter.is_meta
         if name not in trained and real:
-            flat = parameter.detach().flatten()
+            other = before.get(name)
+            flat = (parameter if other is None else other).detach().flatten()
             sample = torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
             values.update(sample.view(torch.int16).numpy().tobytes())
     return {

@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     method = record_of(model).injections[name].method
-    facts = describe(method) | {"base": fingerprint(model, prefix)}
+    facts = describe(method) | {"base": fingerprint(model, prefix, [name])}
     try:
         config, tensors = hf_peft.to_peft(inner, method, name, state)
         facts["layout"] = "peft"
@@ -94,7 +94,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         is_peft = facts is None or facts.get("layout") == "peft"
         ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
         if facts and not allow_other_base:
-            check_base(fingerprint(target, prefix), facts["base"], str(folder))
+            check_base(fingerprint(target, prefix, [name]), facts["base"], str(folder))
         load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
     except AdapterError:
         if not was_there:  # no value has been changed yet

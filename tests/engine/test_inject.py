@@ -145,6 +145,31 @@ def test_a_parameter_is_trained_in_place_once() -> None:
     assert_unchanged(model, before)
 
 
+def test_two_adapters_with_a_head_each_take_turns() -> None:
+    model, x = tiny(), torch.randn(3, 7)
+    base = model(x)
+    answers = {}
+    for name in ("a", "b"):
+        inject(model, LoRA(r=2, modules_to_save="head"), name)
+        assert torch.equal(model(x), base), "the second starts from the base, not from the first"
+        set_trainable(model, name)
+        answers[name] = moved(model)(x)
+        set_active(model, ())
+    for name in ("b", "a", "b"):
+        set_active(model, name)
+        assert torch.equal(model(x), answers[name])
+    before = model.head.weight.clone()
+    with pytest.raises(AdapterError, match=r"'head\.weight' is trained in place by several of a, b"):
+        set_active(model, ("a", "b"))
+    assert torch.equal(model.head.weight, before)
+    set_trainable(model, "a")
+    assert model.head.weight.requires_grad
+    unload(model, "a")
+    assert torch.equal(model(x), answers["b"])
+    set_active(model, ())
+    assert torch.equal(model(x), base)
+
+
 def test_part_of_an_adapted_model_is_refused() -> None:
     model = nn.Sequential(tiny())
     inject(model[0], LoRA(r=2))

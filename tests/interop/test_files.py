@@ -22,6 +22,7 @@ from lightning_peft import (
     load_adapter,
     merge,
     save_adapter,
+    set_active,
     unload,
 )
 from lightning_peft.engine import AdapterError, AdapterFileError
@@ -77,6 +78,15 @@ def test_two_adapters_live_side_by_side(folder: Path) -> None:
     unload(model, "mine")
     x = torch.randn(3, 7)
     assert torch.equal(model(x), load_adapter(tiny(), folder)(x))
+
+
+def test_what_another_adapter_trains_in_place_does_not_make_another_base(tmp_path: Path) -> None:
+    model = inject(tiny(), LoRA(r=2, target_modules="v_proj"), name="mine")
+    moved(inject(model, LinearProbe(), name="theirs"))
+    loaded = load_adapter(tiny(), save_adapter(model, tmp_path, "mine"))
+    set_active(model, "mine")
+    x = torch.randn(3, 7)
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_a_bare_layer_is_a_model_too(tmp_path: Path) -> None:
