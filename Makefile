@@ -31,7 +31,7 @@ tests: $(INSTALLED)  ## tests and doctests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 notebooks: $(INSTALLED)  ## run every tutorial
-	$(BIN)/python -m pytest -n 2 --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials
 
 docs: $(INSTALLED)  ## build the site, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

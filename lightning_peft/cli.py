@@ -32,7 +32,12 @@ def main(args: list[str] | None = None) -> None:
             auto_cli(tools, args=arguments, prog="lightning-peft")
         else:
             lightning_cli(args)
-    except AdapterError as error:
+    except Exception as error:
+        # the parser wraps what a constructor raises in errors of its own, many lines long
+        while error is not None and not isinstance(error, AdapterError):
+            error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        if error is None:
+            raise
         sys.exit(f"lightning-peft: {error}")
 
 

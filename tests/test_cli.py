@@ -144,6 +144,27 @@ def test_what_cannot_be_read_is_said_without_a_traceback(args: list[str], messag
         main(args)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("method.r=0", "lightning-peft: LoRA: r must be an integer >= 1, got 0."),
+        ("method.target_modules=qvk", "lightning-peft: LoRA: .*'qvk' matched none .* Did you mean 'qkv'"),
+        ("method=LroA", "lightning-peft: unknown method 'LroA'. Did you mean 'lora'"),
+        ("init_from=nowhere", "lightning-peft: there is no adapter_model.safetensors in nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_said_in_one_line(option: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["fit", "--config", "tutorials/configs/digits.yaml", f"--trainer.callbacks.{option}", *SHORT, *QUIET])
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        main(["fit", "--config", "tutorials/configs/digits.yaml", "--model.checkpoint=nowhere.safetensors"])
+    assert "lightning-peft:" not in str(caught.value)
+
+
 def test_the_command_is_installed() -> None:
     command = Path(sys.executable).parent / "lightning-peft"
     run = subprocess.run([command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})

@@ -27,6 +27,6 @@ def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:
     " Did you mean 'q_proj'?"
     """
     parts = name.count(".") + 1
-    tails = dict.fromkeys(".".join(full.split(".")[-parts:]) for full in valid)
-    close = get_close_matches(name, tails, n=n, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    tails = {tail.lower(): tail for full in valid if (tail := ".".join(full.split(".")[-parts:]))}
+    close = get_close_matches(name.lower(), tails, n=n, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(tails[tail]) for tail in close)}?" if close else ""
