@@ -25,7 +25,8 @@ def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             fresh = make(*args, **kwargs)
-            return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+            with torch.no_grad():
+                return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
 
         return made
 
