@@ -52,7 +52,7 @@ def fill_in_base(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     stored = {name: method_from(adapter) for name, adapter in facts["adapters"].items()}
     if stored != methods:
         raise AdapterFileError(f"the checkpoint was made with {stored}, but the model has {methods}. Use the same.")
-    check_base(fingerprint(root), facts["base"], "this checkpoint")
+    check_base(fingerprint(root), facts.get("base"), "this checkpoint")
     checkpoint["state_dict"] = {**base_tensors(module), **state}
 
 

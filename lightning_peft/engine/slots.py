@@ -160,11 +160,11 @@ def active_adapters(module: Any, parameter: str) -> tuple[Adapter, ...]:
 class Slot:
     """What a swapped class puts in front of the class that the module had."""
 
-    _live: dict[tuple[str, bool], Tensor | None] | None
-    _reads: list[Any]
-    _active: tuple[str, ...]
-    _called: tuple[Adapter, ...]
-    _dtype: torch.dtype | None
+    _live: dict[tuple[str, bool], Tensor | None] | None  # (parameter, with a graph) -> value, while it is read
+    _reads: list[Any]  # the slots whose effective values this forward sees
+    _active: tuple[str, ...]  # names of the adapters that act
+    _called: tuple[Adapter, ...]  # those of them that act when the module is called
+    _dtype: torch.dtype | None  # of the last input, for layers that store no weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._called:

@@ -103,12 +103,14 @@ def fingerprint(
     }
 
 
-def check_base(here: Mapping[str, Any], there: Mapping[str, Any], source: str) -> None:
+def check_base(here: Mapping[str, Any], there: Mapping[str, Any] | None, source: str) -> None:
     """Compare the fingerprint of the live base with the one that an adapter was trained on.
 
     Raises:
         AdapterFileError: they differ; a base without values (meta device) is compared by structure alone.
     """
+    if not there or not here.keys() <= there.keys():
+        raise AdapterFileError(f"{source} does not say on which base the adapter was trained: it is torn or foreign.")
     same_structure = here["structure"] == there["structure"]
     if same_structure and (None in (here["values"], there["values"]) or here["values"] == there["values"]):
         return

@@ -94,7 +94,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         is_peft = facts is None or facts.get("layout") == "peft"
         ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
         if facts and not allow_other_base:
-            check_base(fingerprint(target, prefix, [name]), facts["base"], str(folder))
+            check_base(fingerprint(target, prefix, [name]), facts.get("base"), str(folder))
         load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
     except AdapterError:
         if not was_there:  # no value has been changed yet
@@ -154,13 +154,20 @@ def method_from(facts: dict[str, Any]) -> Method:
     Raises:
         AdapterError: the method or one of its arguments is not known here.
     """
+    if not isinstance(facts.get("method"), str) or not isinstance(facts.get("arguments"), dict):
+        raise AdapterFileError(
+            "the file does not say which method made it, with which arguments: it is torn or foreign."
+        )
     cls = get_method(facts["method"])
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(facts["arguments"]) - known)
     if unknown:
         raise AdapterFileError(f"{cls.__name__} has no argument {unknown[0]!r}: the file is of another version.")
     as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["arguments"].items()}
-    return cls(**as_tuples)
+    try:
+        return cls(**as_tuples)
+    except TypeError as error:
+        raise AdapterFileError(f"the file does not describe a {cls.__name__}: {error}.") from None
 
 
 def adapted_root(model: nn.Module) -> nn.Module:

@@ -106,6 +106,8 @@ def method_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], m
     if kind not in _READERS:
         known = ", ".join(sorted(_READERS))
         raise AdapterFileError(f"the file holds an adapter of HF PEFT's type {kind!r}; those read here: {known}.")
+    if kind == "LORA" and not isinstance(config.get("r"), int):
+        raise AdapterFileError("the config does not say the rank r of the adapter: it is torn or foreign.")
     for setting, plain in _PLAIN.items():
         if setting in config and config[setting] not in plain:
             raise AdapterFileError(

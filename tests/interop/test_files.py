@@ -305,3 +305,24 @@ def test_files_of_a_lightning_module_fit_the_plain_model_and_back(tmp_path: Path
     assert torch.equal(plain(x), module.net(x))
     save_adapter(plain, tmp_path / "inner")
     assert torch.equal(load_adapter(TrainingModule(), tmp_path / "inner").net(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": None}, "does not say which method"),
+        ({"method": "lroa"}, "unknown method 'lroa'"),
+        ({"arguments": {"r": 2, "rnak": 3}}, "no argument 'rnak'"),
+        ({"arguments": {"alpha": "much"}}, "does not describe a LoRA"),
+        ({"base": {}}, "does not say on which base"),
+    ],
+    ids=["no method", "unknown method", "unknown argument", "wrong type", "no base"],
+)
+def test_a_description_that_was_tampered_with_is_refused(change: dict[str, Any], message: str, folder: Path) -> None:
+    facts, _, tensors = read_adapter(folder)
+    save_file(tensors, folder / TENSORS, metadata={"lightning_peft": json.dumps({**(facts or {}), **change})})
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(model, folder)
+    assert_unchanged(model, before)
