@@ -53,7 +53,8 @@ def fill_in_base(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if stored != methods:
         raise AdapterFileError(f"the checkpoint was made with {stored}, but the model has {methods}. Use the same.")
     check_base(fingerprint(root), facts.get("base"), "this checkpoint")
-    checkpoint["state_dict"] = {**base_tensors(module), **state}
+    buffers = {prefix_of(module, root) + name: value for name, value in record_of(root).buffers.items()}
+    checkpoint["state_dict"] = {**base_tensors(module), **buffers, **state}  # buffers may have moved since
 
 
 def inject_from(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -76,8 +77,7 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     What lies outside the adapted part of ``module``, or requires gradients all the same, is not base: it may train.
     """
     root = adapted_root(module)
-    prefix = next(f"{name}." if name else "" for name, m in module.named_modules() if m is root)
-    record = record_of(root)
+    prefix, record = prefix_of(module, root), record_of(root)
     trained = {id(root.get_parameter(name)) for i in record.injections.values() for name in i.in_place}
     base: dict[str, Tensor] = {}
     for key, value in module.state_dict(keep_vars=True).items():
@@ -90,3 +90,8 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
         elif inside in record.buffers and torch.equal(value, record.buffers[inside].to(value.device)):
             base[key] = value
     return base
+
+
+def prefix_of(module: nn.Module, root: nn.Module) -> str:
+    """What the keys of ``root`` begin with in the ``state_dict`` of ``module``."""
+    return next(f"{name}." if name else "" for name, m in module.named_modules() if m is root)

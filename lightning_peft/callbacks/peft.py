@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -76,6 +77,14 @@ class PEFT(L.Callback):
             raise AdapterError(
                 f"the Trainer has {len(twins)} PEFT callbacks for the adapter {self.name!r}. Keep one, or give each a "
                 "name of its own: PEFT(method, name='second')."
+            )
+        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
+        averaging = [c for c in before if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        if averaging:
+            name = type(averaging[0]).__name__
+            raise AdapterError(
+                f"{name} comes before PEFT, so it would average a model without adapters. Put PEFT first: "
+                f"callbacks=[PEFT(...), {name}(...)]."
             )
         around(pl_module, "on_save_checkpoint", checkpoints.keep_adapters)
         around(pl_module, "on_load_checkpoint", checkpoints.fill_in_base)

@@ -66,8 +66,9 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
             f"the file does not fit adapter {name!r} of {slots.base_class(model).__name__}: {'; '.join(found)}. "
             "Load it into the model, and with the method, that it was made with."
         )
+    base = {key: record_of(model).buffers[key] for key in optional}  # a buffer that is not there had its base value
     with torch.no_grad():
-        for key, value in tensors.items():
+        for key, value in {**base, **tensors}.items():
             there[key].copy_(value)
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -255,6 +260,35 @@ def test_frozen_adapters_are_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterError, match="no parameter of Lit requires gradients"):
         fitted(tmp_path, Lit(), lora(), Freezes())
+
+
+@pytest.mark.parametrize(
+    "averaging", [EMAWeightAveraging(), StochasticWeightAveraging(0.01)], ids=lambda c: type(c).__name__
+)
+def test_averaging_before_the_adapters_is_an_error(averaging: L.Callback, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"comes before PEFT.*callbacks=\[PEFT\(...\), "):
+        fitted(tmp_path, Lit(), averaging, lora())
+
+
+def test_statistics_that_moved_are_given_back_by_a_checkpoint_from_before(tmp_path: Path) -> None:
+    module = Lit()
+    fitted(tmp_path, module).save_checkpoint(tmp_path / "a.ckpt")
+    x = torch.ones(2, 7)
+    expected = module.eval()(x)
+    module.train()(torch.randn(9, 7))  # moves the running statistics, as the learning rate finder does
+    assert not torch.equal(module.eval()(x), expected)
+    trainer(tmp_path, lora()).test(module, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert torch.equal(module.eval()(x), expected)
+
+
+def test_the_learning_rate_finder_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    module = Lit()
+    finder = LearningRateFinder(num_training_steps=6, update_attr=False)
+    fitted(tmp_path, module, lora(), finder, Reseed())
+    without = Lit()
+    fitted(tmp_path, without, lora(), Reseed())
+    for key, value in without.state_dict().items():
+        assert torch.equal(value, module.state_dict()[key]), key
 
 
 def test_the_same_callback_twice_is_an_error(tmp_path: Path) -> None:
