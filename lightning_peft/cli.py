@@ -16,6 +16,7 @@ from lightning_peft import merge as merge_adapters
 from lightning_peft.callbacks.table import collapsed, show
 from lightning_peft.engine import AdapterFileError
 from lightning_peft.interop import read_adapter
+from lightning_peft.interop.files import method_from
 
 _EPILOG = """Besides: 'lightning-peft merge' folds an adapter into its base, 'lightning-peft inspect' shows what is
 in an adapter file, 'lightning-peft methods' lists all methods."""
@@ -88,7 +89,7 @@ def inspect(file: str) -> None:
         facts, tensors = _read_checkpoint(Path(file))
     else:
         ours, config, tensors = read_adapter(file)
-        facts = ours or config
+        facts = config if ours is None else {**ours, "method": method_from(ours), "arguments": None, "layout": None}
     described = Table(title=str(file), title_justify="left", show_header=False)
     for key, value in facts.items():
         if value not in (None, (), [], {}, ""):

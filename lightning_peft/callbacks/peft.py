@@ -78,6 +78,7 @@ class PEFT(L.Callback):
                 f"the Trainer has {len(twins)} PEFT callbacks for the adapter {self.name!r}. Keep one, or give each a "
                 "name of its own: PEFT(method, name='second')."
             )
+        _check_trainer(trainer, pl_module)
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         averaging = [c for c in before if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging:
@@ -206,6 +207,22 @@ class PEFT(L.Callback):
                 module_class.on_load_checkpoint = original  # type: ignore[method-assign]
             else:
                 del module_class.on_load_checkpoint
+
+
+def _check_trainer(trainer: Any, module: nn.Module) -> None:
+    """Refuse what would leave the user's module without adapters, with no other sign of it."""
+    if not isinstance(trainer, L.Trainer):
+        package = type(trainer).__module__.partition(".")[0]
+        raise AdapterError(
+            f"this callback belongs to the package lightning, the Trainer to {package}, which has classes of its own. "
+            "Import both from one: import lightning as L."
+        )
+    start = getattr(trainer.strategy.launcher, "_start_method", None)
+    if start is not None and not has_record(adapted_root(module)):
+        raise AdapterError(
+            f"the strategy starts its processes by {start}, and what is injected there does not come back. Inject "
+            "before fit: inject(module, method), with the method that PEFT is given; or use strategy='ddp'."
+        )
 
 
 def _named(method: Method | Sequence[Method] | str | None, name: str, init_from: str | None) -> dict[str, Method]:

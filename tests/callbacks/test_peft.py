@@ -4,7 +4,7 @@ import copy
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -260,6 +260,25 @@ def test_frozen_adapters_are_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterError, match="no parameter of Lit requires gradients"):
         fitted(tmp_path, Lit(), lora(), Freezes())
+
+
+def test_processes_that_are_forked_need_a_module_adapted_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, module = trainer(tmp_path, callback := lora(), strategy="ddp_fork", devices=2), Lit()
+    with pytest.raises(AdapterError, match=r"starts its processes by fork.*inject\(module, method\)"):
+        callback.setup(made, module, "fit")
+    inject(module, callback.methods["default"])
+    callback.setup(made, module, "fit")
+
+
+def test_a_trainer_of_the_other_package_is_an_error() -> None:
+    class Trainer:
+        callbacks: ClassVar[list[L.Callback]] = []
+
+    Trainer.__module__ = "pytorch_lightning.trainer.trainer"
+    with pytest.raises(AdapterError, match="the Trainer to pytorch_lightning.*import lightning as L"):
+        lora().setup(Trainer(), Lit(), "fit")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
