@@ -4,7 +4,8 @@ The wrapper is a bound method named like the hook, so that Lightning's own inspe
 treat it like any method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -33,20 +34,40 @@ def around(module: nn.Module, hook: str, then: Callable[[Any, dict[str, Any]], N
     module.__dict__[hook] = MethodType(wrapper, module)
 
 
-def after(
-    module: nn.Module, hook: str, then: Callable[[Any], None], once: Callable[[Any], bool] = lambda module: True
+def within(
+    module: nn.Module,
+    hook: str,
+    context: Callable[[Any], AbstractContextManager[Any]],
+    once: Callable[[Any], bool] = lambda module: True,
 ) -> None:
-    """Let ``then(module)`` run after ``module.<hook>``; the wrapper goes away with the call at which ``once`` holds."""
+    """Let ``module.<hook>`` run inside ``context(module)``.
+
+    The wrapper takes itself off with the call at which ``once(module)`` holds.
+    """
     previous = module.__dict__.get(hook)
 
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if once(self):
             if previous is None:
                 del self.__dict__[hook]
             else:
                 self.__dict__[hook] = previous
-        (getattr(type(self), hook).__get__(self) if previous is None else previous)(*args, **kwargs)
-        then(self)
+        own = getattr(type(self), hook).__get__(self) if previous is None else previous
+        with context(self):
+            return own(*args, **kwargs)
 
     wrapper.__name__ = hook
     module.__dict__[hook] = MethodType(wrapper, module)
+
+
+def after(
+    module: nn.Module, hook: str, then: Callable[[Any], None], once: Callable[[Any], bool] = lambda module: True
+) -> None:
+    """Let ``then(module)`` run after ``module.<hook>``, unless that raises; ``once`` as in `within`."""
+
+    @contextmanager
+    def context(self: nn.Module) -> Iterator[None]:
+        yield
+        then(self)
+
+    within(module, hook, context, once)

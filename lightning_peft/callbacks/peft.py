@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks import checkpoints
-from lightning_peft.callbacks.instance_hooks import after, around
+from lightning_peft.callbacks.instance_hooks import after, around, within
+from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of, get_method, inject
 from lightning_peft.engine.inject import has_record, record_of
@@ -93,6 +95,8 @@ class PEFT(L.Callback):
         trained_already = has_record(root) and self.name in record_of(root).injections
         self._to_load = None if trained_already else self.init_from
         self._inject(pl_module, last=False)
+        if stage == "fit":
+            within(pl_module, "configure_optimizers", lambda module: groups_split(ratios(adapted_root(module))))
         built_later = is_overridden("configure_model", pl_module)
         after(pl_module, "setup", lambda module: self._inject(module, last=not built_later))
         if built_later:
@@ -108,6 +112,8 @@ class PEFT(L.Callback):
                 "they were injected. Freeze before fit, or let PEFT do it."
             )
         _check_optimizers(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            scale_in_step(optimizer)
         self._gradients_seen = False
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -146,6 +152,11 @@ class PEFT(L.Callback):
                 "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
                 "with exclude_modules, or let the model call them."
             )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A step that failed may have left its rates scaled: give back what was asked for, before anybody saves it."""
+        for optimizer in trainer.optimizers:
+            unscale(optimizer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the adapter folder, if one was asked for; give the modes back."""
@@ -211,7 +222,7 @@ class PEFT(L.Callback):
 
 def _check_trainer(trainer: Any, module: nn.Module) -> None:
     """Refuse what would leave the user's module without adapters, with no other sign of it."""
-    if not isinstance(trainer, L.Trainer):
+    if not isinstance(trainer, Trainer):
         package = type(trainer).__module__.partition(".")[0]
         raise AdapterError(
             f"this callback belongs to the package lightning, the Trainer to {package}, which has classes of its own. "

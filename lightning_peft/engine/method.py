@@ -57,6 +57,10 @@ class Method(ABC):
         """Names of the base parameters that are trained as they are."""
         return []
 
+    def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:
+        """What the learning rate of this parameter of ``adapter`` is multiplied with."""
+        return 1.0
+
     def num_trainable(self, target: Target) -> int:
         """Trainable numbers that the adapter of ``target`` has, by the formula of the paper."""
         raise NotImplementedError

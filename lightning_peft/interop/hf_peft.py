@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.engine import Adapter, AdapterFileError, Method, adapters_of
-from lightning_peft.methods import IA3, DoRA, LoRA
+from lightning_peft.methods import IA3, DoRA, LoRA, LoRAPlus
 
 PREFIX = "base_model.model."
 
@@ -197,5 +197,10 @@ def _read_ia3(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[
     return IA3(target_modules=tuple(sorted(found)), feedforward_modules=inner, modules_to_save=whole)
 
 
-CONFIGS: dict[type[Method], Callable[..., dict[str, Any]]] = {LoRA: _lora_config, DoRA: _lora_config, IA3: _ia3_config}
+CONFIGS: dict[type[Method], Callable[..., dict[str, Any]]] = {
+    LoRA: _lora_config,
+    LoRAPlus: _lora_config,
+    DoRA: _lora_config,
+    IA3: _ia3_config,
+}
 _READERS: dict[str, Callable[..., Method]] = {"LORA": _read_lora, "IA3": _read_ia3}

@@ -2,3 +2,4 @@
 
 from .dora import DoRA as DoRA
 from .lora import LoRA as LoRA
+from .loraplus import LoRAPlus as LoRAPlus
