@@ -89,6 +89,7 @@ def to_peft(
     config = {
         "target_modules": _short_names(model, [path for path, _, _ in found]),
         "modules_to_save": whole or None,
+        "fan_in_fan_out": any(a.site.kind == "linear" and a.site.transposed for _, _, a in found),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "task_type": None,
         "inference_mode": True,
@@ -168,8 +169,11 @@ def _lora_config(method: LoRA, found: list[tuple[str, nn.Module, Adapter]]) -> d
     }
 
 
-def _ia3_config(method: IA3, found: list[tuple[str, nn.Module, Adapter]]) -> dict[str, Any]:
-    return {"peft_type": "IA3", "feedforward_modules": [path for path, _, adapter in found if adapter.on_input]}
+def _ia3_config(method: IA3, found: list[tuple[str, nn.Module, Any]]) -> dict[str, Any]:
+    inner = {path for path, _, adapter in found if adapter.on_input}
+    outer = {path for path, _, adapter in found if not adapter.on_input}
+    # HF PEFT wants both lists in the same form, and no name of the one in the other
+    return {"peft_type": "IA3", "target_modules": sorted(inner | outer), "feedforward_modules": sorted(inner)}
 
 
 def _read_lora(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[str, ...]) -> Method:

@@ -229,3 +229,33 @@ def test_hf_peft_merges_a_tied_head_into_the_embedding() -> None:
     with pytest.warns(UserWarning, match="head.weight was tied to embed.weight; it is untied now"):
         merge(ours)
     assert torch.equal(ours["embed"](ids), embedded)
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "intermediate_size": 24}
+TRANSFORMERS = {
+    "llama": {"vocab_size": 31, **SMALL},
+    "bert": {"vocab_size": 31, **SMALL},
+    "gpt2": {"vocab_size": 31, "n_layer": 2, "n_head": 4, "n_embd": 16, "bos_token_id": 0, "eos_token_id": 0},
+    "t5": {"vocab_size": 31, "num_layers": 2, "num_heads": 4, "d_model": 16, "d_ff": 24, "d_kv": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS)
+@pytest.mark.parametrize("method", [LoRA(r=2), DoRA(r=2), IA3()], ids=lambda method: type(method).__name__)
+def test_with_its_defaults_a_folder_of_each_architecture_is_read_by_hf_peft(
+    method: Any, model_type: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    def base() -> Any:
+        torch.manual_seed(1)
+        return AutoModel.from_config(AutoConfig.for_model(model_type, **TRANSFORMERS[model_type])).eval()
+
+    ids = torch.randint(0, 31, (2, 6))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model_type == "t5" else {})
+    model = moved(inject(base(), method))
+    save_adapter(model, tmp_path)
+    expected = model(**inputs).last_hidden_state
+    theirs = PeftModel.from_pretrained(base(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(**inputs).last_hidden_state, expected)
+    assert not torch.allclose(base()(**inputs).last_hidden_state, expected, atol=1e-3)
