@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.engine.errors import AdapterError, nearest
 from lightning_peft.engine.slots import Adapter, Kind
-from lightning_peft.engine.targets import Target, select_modules, select_parameters, select_targets
+from lightning_peft.engine.targets import Target, is_below, select_modules, select_parameters, select_targets
 
 Modality = Literal["vision", "text", "diffusion"]
 
@@ -102,7 +102,7 @@ class TargetedMethod(Method):
             layers_to_transform=self.layers_to_transform,
             who=type(self).__name__,
         )
-        return [t for t in found if not any(f"{t.name}.".startswith(f"{name}.") for name in whole)]
+        return [t for t in found if not any(is_below(t.name, name) for name in whole)]
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """All parameters of ``modules_to_save``."""

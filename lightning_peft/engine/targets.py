@@ -92,7 +92,7 @@ def candidates(model: nn.Module) -> list[Target]:
 
 
 def output_head(model: nn.Module) -> str | None:
-    """Name of the layer that makes the predictions, or None where it cannot be told.
+    """Name of the layer, or of the small network, that makes the predictions; None where it cannot be told.
 
     Asked first are the models that know it (``get_classifier`` of timm, ``get_output_embeddings`` of transformers);
     then the customary names are looked for.
@@ -102,7 +102,7 @@ def output_head(model: nn.Module) -> str | None:
         for ask in ("get_classifier", "get_output_embeddings"):
             if callable(getattr(module, ask, None)):
                 head = getattr(module, ask)()
-                if isinstance(head, nn.Linear | nn.Conv2d):
+                if isinstance(head, nn.Module) and next(head.parameters(), None) is not None:
                     return names.get(id(head))
     linear = [n for n, m in _base_modules(model) if isinstance(m, nn.Linear) and not re.search(r"\b\d+\b", n)]
     named = [n for n in linear if n.split(".")[-1] in _HEADS]
@@ -228,15 +228,20 @@ def select_parameters(
     return [name for name in everything if name in chosen]
 
 
+def is_below(name: str, module: str | None) -> bool:
+    """Whether ``name`` is ``module`` or inside it."""
+    return module is not None and f"{name}.".startswith(f"{module}.")
+
+
 def _keyword(model: nn.Module, supported: list[Target], keyword: str) -> list[Target]:
     head = output_head(model)
     linear = keyword == ALL_LINEAR
-    return [t for t in supported if t.name != head and (t.site.kind == "linear" or not linear)]
+    return [t for t in supported if not is_below(t.name, head) and (t.site.kind == "linear" or not linear)]
 
 
 def _selects(model: nn.Module, pattern: str, target: Target) -> bool:
     if pattern == OUTPUT_HEAD:
-        return target.name == output_head(model)
+        return is_below(target.name, output_head(model))
     if matches(pattern, target.name, target.module) or matches(pattern, target.owner, target.module):
         return True
     # an attention is adapted as a unit: naming it means its output projection too

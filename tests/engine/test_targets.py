@@ -183,6 +183,9 @@ def test_output_head_is_asked_of_models_that_know_it() -> None:
     with torch.device("meta"):
         assert output_head(timm.create_model("vit_tiny_patch16_224")) == "head"
         assert output_head(timm.create_model("swin_tiny_patch4_window7_224")) == "head.fc"
+        small_network = timm.create_model("caformer_s18")  # its head has two layers
+        assert output_head(small_network) == "head.fc"
+        assert not [t for t in LoRA().targets(small_network) if t.name.startswith("head.fc.")]
         small = LlamaConfig(
             hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
         )
