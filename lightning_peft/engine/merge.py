@@ -52,6 +52,8 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in own), None)
     for path, module in list(slots.slots(model)):
         new = merged_parameters(module, dtype)
+        if not new:  # none of its adapters acts
+            continue
         kept[path] = {name: module._parameters[name] for name in new}
         for name, value in new.items():
             old = module._parameters[name]

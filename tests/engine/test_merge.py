@@ -180,3 +180,18 @@ def test_fused_activation_of_a_normalisation_stays_after_scale_and_shift() -> No
     assert expected.min() == 0
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(merge(model)(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_adapters_that_do_not_act_are_left_out_and_come_back() -> None:
+    model, x = tiny(), torch.randn(3, 7)
+    inject(model, LoRA(r=2, target_modules="q_proj"), "a")
+    moved(inject(model, LoRA(r=2, target_modules="v_proj"), "b"))
+    both = model(x)
+    set_active(model, "a")
+    only_a, before = model(x), snapshot(model)
+    torch.testing.assert_close(merge(model)(x), only_a)
+    unmerge(model)
+    assert_unchanged(model, before)
+    assert torch.equal(model(x), only_a)
+    set_active(model, ("a", "b"))
+    assert torch.equal(model(x), both)
