@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import AdapterFileError, inject
+from lightning_peft.engine import AdapterFileError, adapters_of, inject
 from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.slots import base_parameters
 from lightning_peft.engine.state import check_base, fingerprint
 from lightning_peft.interop.files import FORMAT, adapted_root, describe, method_from
 
@@ -42,8 +43,9 @@ def fill_in_base(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     methods = {name: injection.method for name, injection in record_of(root).injections.items()}
     state = checkpoint["state_dict"]
     if "peft" not in checkpoint:
-        if any(".adapters." in f".{key}" for key in state):
-            return
+        own = {id(p) for _, _, adapter in adapters_of(root) for p in adapter.parameters()}
+        if any(key in state for key, p in module.named_parameters() if id(p) in own):
+            return  # an ordinary checkpoint of the adapted model: loading it is strict
         raise AdapterFileError(
             f"the checkpoint holds no adapter, but the model has {', '.join(map(repr, methods))}. Load a checkpoint of "
             "the base before PEFT adapts it: module.load_state_dict(torch.load(path)['state_dict']), then fit."
@@ -79,16 +81,12 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     root = adapted_root(module)
     prefix, record = prefix_of(module, root), record_of(root)
     trained = {id(root.get_parameter(name)) for i in record.injections.values() for name in i.in_place}
+    frozen = {id(p) for p in base_parameters(root).values() if not p.requires_grad} - trained
     base: dict[str, Tensor] = {}
     for key, value in module.state_dict(keep_vars=True).items():
-        inside = key.removeprefix(prefix)
-        if not key.startswith(prefix) or "adapters" in key.split("."):
-            continue
-        if isinstance(value, nn.Parameter):
-            if id(value) not in trained and not value.requires_grad:
-                base[key] = value.detach()
-        elif inside in record.buffers and torch.equal(value, record.buffers[inside].to(value.device)):
-            base[key] = value
+        before = record.buffers.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if id(value) in frozen or (before is not None and torch.equal(value, before.to(value.device))):
+            base[key] = value.detach()
     return base
 
 

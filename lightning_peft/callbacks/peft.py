@@ -23,6 +23,7 @@ from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of, get_method, inject
 from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.slots import base_parameters
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
 
@@ -129,7 +130,7 @@ class PEFT(L.Callback):
         for _, _, adapter in adapters_of(root):
             adapter.train()
         trained = {name for injection in record_of(root).injections.values() for name in injection.in_place}
-        frozen = any(name not in trained for name, _ in root.named_parameters() if "adapters" not in name.split("."))
+        frozen = any(name not in trained for name in base_parameters(root))
         for name, module in root.named_modules():
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             if frozen and is_norm and module.training and f"{name}.weight" not in trained:

@@ -265,7 +265,7 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
 
 
 def _is_occupied(target: Target, name: str) -> bool:
-    return "adapters" in target.module._modules and target.site.key(name) in target.module.adapters  # type: ignore[operator]
+    return slots.holds_adapters(target.module) and target.site.key(name) in target.module.adapters  # type: ignore[operator]
 
 
 def _new_adapter(method: Method, target: Target, name: str) -> Adapter:
@@ -282,15 +282,13 @@ def _new_adapter(method: Method, target: Target, name: str) -> Adapter:
 
 
 def _freeze(model: nn.Module, record: Record) -> None:
-    own = {id(p) for _, _, adapter in adapters_of(model) for p in adapter.parameters()}
     in_place = {n for injection in record.injections.values() for n in injection.in_place}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in own and name not in in_place and parameter.requires_grad:
+    for name, parameter in slots.base_parameters(model).items():
+        if name not in in_place and parameter.requires_grad:
             record.trainable.add(name)
             parameter.requires_grad_(False)
-    persistent = model.state_dict(keep_vars=True)
-    for name, buffer in model.named_buffers():
-        if name in persistent and name not in record.buffers and ".adapters." not in f".{name}":
+    for name, buffer in slots.base_buffers(model).items():
+        if name not in record.buffers:
             record.buffers[name] = buffer.detach().clone()
 
 

@@ -48,8 +48,7 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
         check_finite(adapter_state(model, name), MergeError)
     owners = owners_of(model)
     kept: dict[str, dict[str, nn.Parameter | None]] = {}
-    own = {id(p) for _, _, adapter in adapters_of(model) for p in adapter.parameters()}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in own), None)
+    dtype = next((p.dtype for p in slots.base_parameters(model).values() if p.is_floating_point()), None)
     for path, module in list(slots.slots(model)):
         new = merged_parameters(module, dtype)
         if not new:  # none of its adapters acts
@@ -87,9 +86,11 @@ def unmerge(model: ModelT) -> ModelT:
         for name, parameter in parameters.items():
             if parameter is not None and parameter.device != device:  # the model has been moved since
                 parameters[name] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
-        if path in merged.adapters:
-            merged.adapters[path].to(device)
         modules[path]._parameters.update(parameters)
+    for path, held in merged.adapters.items():
+        device = next((p.device for p in modules[path].parameters()), None)
+        if device is not None:
+            held.to(device)
     attach(model, merged.adapters, merged.active)
     for name, parameter in model.named_parameters():
         if name in merged.frozen:

@@ -233,6 +233,11 @@ def is_slot(module: nn.Module) -> bool:
     return isinstance(module, Slot)
 
 
+def holds_adapters(module: nn.Module) -> bool:
+    """Whether adapters hang below this module; a slot may also be there only to let its forward read others."""
+    return bool(getattr(type(module), "_slot_parameters", ()))
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module had before it was adapted."""
     return getattr(type(module), "_slot_base", type(module))
@@ -251,9 +256,9 @@ def _swap(module: nn.Module, *parameters: str | None) -> None:
 def occupy(module: Any, name: str, adapter: Adapter) -> None:
     """Put ``adapter`` into the slot of ``module`` under ``name``, and let it act."""
     site = adapter.site
-    _swap(module, site.weight, site.bias)
-    if "adapters" not in module._modules:
+    if not holds_adapters(module):
         module.add_module("adapters", nn.ModuleDict())
+    _swap(module, site.weight, site.bias)
     module.adapters[site.key(name)] = adapter
     adapter.train(module.training)
     if site.read and module not in module._reads:
@@ -281,7 +286,7 @@ def let_read(reader: Any, owner: nn.Module) -> None:
 
 def vacate(module: nn.Module) -> nn.ModuleDict | None:
     """Give ``module`` its own class back; return the adapters it held, if any."""
-    adapters = module._modules.pop("adapters", None)
+    adapters = module._modules.pop("adapters") if holds_adapters(module) else None
     module.__class__ = base_class(module)
     if "_own_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_own_forward")
@@ -293,7 +298,7 @@ def vacate(module: nn.Module) -> nn.ModuleDict | None:
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module below ``model`` that holds adapters."""
     for name, module in model.named_modules():
-        if is_slot(module) and "adapters" in module._modules:
+        if holds_adapters(module):
             yield name, module
 
 
@@ -305,6 +310,19 @@ def adapters_of(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
         for key, adapter in module.adapters.items()  # type: ignore[union-attr, operator]
         if name in (None, key.partition(":")[0])
     ]
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that is not an adapter's; a tied one once."""
+    injected = {id(p) for _, _, adapter in adapters_of(model) for p in adapter.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in injected}
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer of all that is saved and is not an adapter's."""
+    injected = {id(b) for _, _, adapter in adapters_of(model) for b in adapter.buffers()}
+    saved = model.state_dict(keep_vars=True)
+    return {name: b for name, b in model.named_buffers() if name in saved and id(b) not in injected}
 
 
 def _channels(module: nn.Module) -> Any:

@@ -86,7 +86,7 @@ def fingerprint(
     trained = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
     before = {key: other for i in injections.values() if i.active for key, other in i.in_place.items()}
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
-    base = {n: p for n, p in model.named_parameters() if n.startswith(prefix) and "adapters" not in n.split(".")}
+    base = {name: p for name, p in slots.base_parameters(model).items() if name.startswith(prefix)}
     for name, parameter in sorted(base.items()):
         structure.update(f"{name.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
         count += parameter.numel()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.errors import TargetError, nearest
-from lightning_peft.engine.slots import Kind, Site, base_class, is_slot
+from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters
 
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all-layers"
@@ -294,7 +294,7 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` without what was injected."""
     injected: set[str] = set()
     for name, module in model.named_modules():
-        if is_slot(module) and "adapters" in module._modules:
+        if holds_adapters(module):
             injected.add(f"{name}.adapters".lstrip("."))
         if not any(name == root or name.startswith(root + ".") for root in injected):
             yield name, module

@@ -22,12 +22,6 @@ from torch.optim.lr_scheduler import (
 from lightning_peft import PEFT, LoRA, LoRAPlus
 from tests.callbacks.nets import Lit, loader, trainer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
-]
-
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
     "cosine": lambda o: CosineAnnealingLR(o, 10),

@@ -33,11 +33,7 @@ from lightning_peft.engine import AdapterFileError, TargetError, adapters_of
 from tests.callbacks.nets import Lit, LitConfigured, LitInTwo, loader, trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*number of training batches"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-    # Lightning's own use of torch's pytree
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 PLACES = [(Lit, "__init__"), (Lit, "setup"), (LitConfigured, "configure_model"), (LitConfigured, "__init__")]
@@ -406,6 +402,30 @@ def test_an_adapter_that_no_gradient_reaches_is_reported(tmp_path: Path) -> None
 
     with pytest.warns(UserWarning, match=r"1 adapters got no gradient .* net\.q_proj \(LowRank\)"):
         fitted(tmp_path, Hides())
+
+
+def test_a_module_of_the_users_that_is_called_adapters_is_base_like_any_other(tmp_path: Path) -> None:
+    class Named(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net["adapters"] = nn.ModuleDict({"default": nn.Linear(5, 5), "norm": nn.BatchNorm1d(5)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            net = self.net
+            inner = net["adapters"]
+            return net["head"](inner["norm"](inner["default"](net["v_proj"](torch.tanh(net["q_proj"](x))))))
+
+    torch.manual_seed(5)
+    module = Named()
+    made = fitted(tmp_path, module, PEFT(LoRA(r=2, target_modules="q_proj"), summary=False))
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert set(stored) == {f"net.q_proj.adapters.default.lora_{x}" for x in "AB"}
+    torch.manual_seed(6)  # its own module "adapters" starts elsewhere: another base
+    with pytest.raises(AdapterFileError, match="other weights"):
+        trainer(tmp_path, PEFT(LoRA(r=2, target_modules="q_proj"), summary=False)).test(
+            Named(), loader(), ckpt_path=tmp_path / "a.ckpt"
+        )
 
 
 def test_the_users_own_checkpoint_hooks_still_run(tmp_path: Path) -> None:

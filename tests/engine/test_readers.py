@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft import LoRA, inject, unload
+from lightning_peft.engine import adapters_of
 from lightning_peft.engine.readers import readers
 from tests.engine.by_hand import assert_same, lora
 
@@ -155,3 +157,17 @@ def test_reads_of_an_unrelated_owner_are_not_taken_for_its_own() -> None:
     model = ReadsElsewhere()
     assert readers(model, "proj", "weight") == [model]
     assert readers(model, "deep.0.0.0", "weight") == []
+
+
+def test_a_reader_keeps_a_child_of_its_own_that_is_called_adapters() -> None:
+    class Reader(Reads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapters = nn.ModuleDict({"default": nn.Linear(4, 4)})
+
+    model = nn.Sequential(Reader())
+    keys = set(model.state_dict())
+    inject(model, LoRA(r=2, target_modules="proj"))
+    assert [path for path, _, _ in adapters_of(model)] == ["0.proj"]
+    unload(model)
+    assert set(model.state_dict()) == keys

@@ -15,13 +15,6 @@ from sklearn.datasets import load_digits
 
 from lightning_peft.recipes import DigitsData, ImageClassifier
 
-pytestmark = [
-    # few batches load faster without worker processes
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # lightning 2.6 calls what torch 2.15 has deprecated
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
-]
-
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 3}
 
 

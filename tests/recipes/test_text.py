@@ -12,13 +12,6 @@ from torch.nn import functional as F
 
 from lightning_peft.recipes import CausalLM, SourceCodeData
 
-pytestmark = [
-    # few batches load faster without worker processes
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    # lightning 2.6 calls what torch 2.15 has deprecated
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
-]
-
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 LLAMA = {
     "model_type": "llama",
