@@ -25,6 +25,7 @@ from lightning_peft.callbacks import checkpoints
 from lightning_peft.callbacks.instance_hooks import after, around, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.probe import batch_loss
+from lightning_peft.callbacks.resuming import State, go_on, random_state
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.engine import (
     AdapterError,
@@ -83,6 +84,7 @@ class PEFT(L.Callback):
         self._to_load: str | None = None
         self._gradients_seen = True
         self._while_training = ExitStack()
+        self._random: dict[str, State] = {}  # of the epoch's beginning; and, from a checkpoint, of its end
         self._told: int | None = None  # the step whose beginning the methods know of
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
@@ -90,6 +92,14 @@ class PEFT(L.Callback):
     def state_key(self) -> str:
         """Tells the callbacks of different adapters apart."""
         return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random numbers, for a run that goes on; everything else is with the model."""
+        return {"random": {**self._random, "now": random_state()}} if self._random else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse."""
+        self._random = state_dict.get("random", {})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Inject now or as soon as the model is built; make checkpoints hold the adapter alone."""
@@ -147,9 +157,18 @@ class PEFT(L.Callback):
             for name in self.methods:
                 show(adapter_table(adapted_root(pl_module), name))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on where a checkpoint was written."""
+        self._set_modes(adapted_root(pl_module))
+        if "now" in self._random and not go_on(trainer, self._random["epoch"], now := self._random.pop("now")):
+            self._random["next epoch"] = now
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
-        root = adapted_root(pl_module)
+        self._random["epoch"] = self._random.pop("next epoch", {}) or random_state()
+        self._set_modes(adapted_root(pl_module))
+
+    def _set_modes(self, root: nn.Module) -> None:
         for _, _, adapter in adapters_of(root):
             adapter.train()
         self._hold_statistics(root)

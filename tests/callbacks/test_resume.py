@@ -1,5 +1,7 @@
 """Every registered method resumes in a Trainer as if it had never stopped. Adding a method adds no line here."""
 
+import functools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_peft import PEFT
+from lightning_peft import PEFT, LoRA
 from lightning_peft.engine import METHODS, Method
 from tests.callbacks.nets import Lit, loader, trainer
 
@@ -32,33 +36,111 @@ class Scheduled(Lit):
         return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 12), "interval": "step"}]
 
 
-class Reseed(L.Callback):
-    """The same dropout mask for a batch, however the run came to it (Lightning does not store the generator)."""
+def shuffled() -> DataLoader:
+    return DataLoader(loader().dataset, batch_size=8, shuffle=True)
+
+
+def run(folder: Path, method: Method, *callbacks: L.Callback, data: Any = None, **options: Any) -> L.LightningModule:
+    """Two epochs of six shuffled batches with dropout, two batches a step."""
+    torch.manual_seed(0)
+    random.seed(0)
+    module = Scheduled()
+    resume = {"ckpt_path": options.pop("ckpt_path")} if "ckpt_path" in options else {}
+    defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+    peft = PEFT(method, summary=False)
+    made = trainer(folder, peft, *callbacks, **{**defaults, **options}, enable_checkpointing=bool(callbacks))
+    made.fit(module, shuffled() if data is None else data, loader(), **resume)
+    return module
+
+
+def assert_equal(one: L.LightningModule, other: L.LightningModule) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert [key for key, value in one.state_dict().items() if not torch.equal(value, other.state_dict()[key])] == []
+
+
+def every_batch(folder: Path) -> ModelCheckpoint:
+    """One file for each optimizer step, also in the middle of an epoch."""
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_run_resumed_in_an_epoch_ends_where_an_uninterrupted_one_ends(method: Method, tmp_path: Path) -> None:
+    through = run(tmp_path, method, every_batch(tmp_path))
+    start = Scheduled().state_dict()
+    assert any(key not in start or not torch.equal(start[key], v) for key, v in through.state_dict().items())
+    for k in (2, 4):  # in the first epoch, and in the second
+        assert_equal(run(tmp_path, method, ckpt_path=tmp_path / f"step={k}.ckpt"), through)
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_resumes_at_every_step(k: int, accumulate: int, tmp_path: Path) -> None:
+    run_it = functools.partial(run, tmp_path, LoRA(r=2, dropout=0.3), accumulate_grad_batches=accumulate)
+    through = run_it(every_batch(tmp_path))
+    for step in (k, 6 + k) if accumulate == 1 else (k,):
+        assert_equal(run_it(ckpt_path=tmp_path / f"step={step}.ckpt"), through)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_run_resumed_behind_an_epoch_ends_where_an_uninterrupted_one_ends(method: Method, tmp_path: Path) -> None:
+    through = run(tmp_path, method, max_epochs=3)
+    run(tmp_path, method, ModelCheckpoint(tmp_path, save_last=True), max_epochs=1)
+    assert_equal(run(tmp_path, method, max_epochs=3, ckpt_path=tmp_path / "last.ckpt"), through)
+
+
+class Stream(IterableDataset):
+    """Random data without a length."""
+
+    def __iter__(self) -> Any:
+        for _ in range(6):
+            x = torch.randn(8, 7)
+            yield [x, (x.sum(1) > random.gauss(0, 1)).long()]
+
+
+def test_a_stream_without_a_length_goes_on_where_it_was(tmp_path: Path) -> None:
+    def data() -> DataLoader:
+        return DataLoader(Stream(), batch_size=None)
+
+    through = run(tmp_path, LoRA(r=2), every_batch(tmp_path), data=data())
+    assert_equal(run(tmp_path, LoRA(r=2), data=data(), ckpt_path=tmp_path / "step=2.ckpt"), through)
+
+
+class Stateful(DataLoader):
+    """A loader that keeps its place by itself, as those of torchdata do."""
+
+    at = 0
+
+    def __iter__(self) -> Any:
+        for i, batch in enumerate(super().__iter__()):
+            if i >= self.at:
+                self.at = (i + 1) % len(self)
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class Seen(L.Callback):
+    """The batches that were trained on."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(100 * trainer.current_epoch + batch_idx)
+        self.batches.append(batch[0])
 
 
-def run(folder: Path, method: Method, epochs: int, *callbacks: L.Callback, **resume: Any) -> L.LightningModule:
-    torch.manual_seed(0)
-    module = Scheduled()
-    options = {"max_epochs": epochs, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
-    made = trainer(
-        folder, PEFT(method, summary=False), Reseed(), *callbacks, **options, enable_checkpointing=bool(callbacks)
-    )
-    made.fit(module, loader(), loader(), **resume)
-    return module
+def test_a_loader_that_keeps_its_place_is_left_to_itself(tmp_path: Path) -> None:
+    def data() -> Stateful:
+        return Stateful(loader().dataset, batch_size=8)
 
-
-@pytest.mark.parametrize("method", CASES)
-def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(method: Method, tmp_path: Path) -> None:
-    through = run(tmp_path, method, 3).state_dict()
-    start = Scheduled().state_dict()
-    run(tmp_path, method, 1, ModelCheckpoint(tmp_path, save_last=True))
-    resumed = run(tmp_path, method, 3, ckpt_path=tmp_path / "last.ckpt").state_dict()
-    assert through.keys() == resumed.keys()
-    for key, value in through.items():
-        assert torch.equal(value, resumed[key]), key
-    assert any(key not in start or not torch.equal(start[key], value) for key, value in through.items())
+    first, second = Seen(), Seen()
+    run(tmp_path, LoRA(r=2), every_batch(tmp_path), first, data=data())
+    run(tmp_path, LoRA(r=2), second, data=data(), ckpt_path=tmp_path / "step=2.ckpt")
+    assert len(second.batches) == 8
+    assert all(torch.equal(a, b) for a, b in zip(first.batches[4:], second.batches, strict=True))
