@@ -13,6 +13,9 @@ from torch import nn
 
 from lightning_peft.callbacks.checkpoints import frozen_base
 from lightning_peft.engine import AdapterError
+from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.slots import base_parameters
+from lightning_peft.interop.files import adapted_root
 
 
 def average_what_trains(trainer: Any, module: L.LightningModule) -> None:
@@ -27,7 +30,17 @@ def average_what_trains(trainer: Any, module: L.LightningModule) -> None:
             frozen = _same_base(callback, average.module, module)
             _average_weights(average, frozen)
         elif isinstance(callback, StochasticWeightAveraging):
-            _average_stochastic_weights(callback, _same_base(callback, callback._average_model, module))
+            frozen = _same_base(callback, callback._average_model, module)
+            _average_stochastic_weights(callback, frozen, frozen_norms(adapted_root(module)))
+
+
+def frozen_norms(root: nn.Module) -> list[nn.Module]:
+    """The batch normalisations whose running statistics belong to the base: their weights do not train."""
+    trained = {name for injection in record_of(root).injections.values() for name in injection.in_place}
+    if all(name in trained for name in base_parameters(root)):
+        return []
+    norms = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [norm for name, norm in norms if f"{name}.weight".lstrip(".") not in trained]
 
 
 def _same_base(callback: L.Callback, average: Any, module: nn.Module) -> set[str]:
@@ -58,11 +71,23 @@ def _average_weights(average: Any, frozen: set[str]) -> None:
     average.update_parameters = update_parameters
 
 
-def _average_stochastic_weights(callback: Any, frozen: set[str]) -> None:
+def _average_stochastic_weights(callback: Any, frozen: set[str], norms: list[nn.Module]) -> None:
     def update_parameters(average: nn.Module, model: nn.Module, *args: Any) -> None:
         type(callback).update_parameters(*_trained(average, model, frozen), *args)
 
+    def contains_batch_norm(module: nn.Module) -> bool:
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in norms for m in module.modules())
+
+    def reset_batch_norm(module: nn.Module) -> None:
+        kept = [{name: b.clone() for name, b in norm._buffers.items() if b is not None} for norm in norms]
+        type(callback).reset_batch_norm_and_save_state(callback, module)
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
+
     callback.update_parameters = update_parameters
+    # after training, statistics are computed anew for the averaged weights: only of the norms that trained
+    callback.pl_module_contains_batch_norm = contains_batch_norm
+    callback.reset_batch_norm_and_save_state = reset_batch_norm
 
 
 def _trained(average: nn.Module, model: nn.Module, frozen: set[str]) -> tuple[nn.Module, nn.Module]:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks import checkpoints
-from lightning_peft.callbacks.averaging import average_what_trains
+from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_peft.callbacks.instance_hooks import after, around, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
@@ -28,7 +28,6 @@ from lightning_peft.callbacks.optimizer_state import restore_by_name
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of, get_method, inject
 from lightning_peft.engine.inject import has_record, record_of
-from lightning_peft.engine.slots import base_parameters
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
 
@@ -147,12 +146,9 @@ class PEFT(L.Callback):
         root = adapted_root(pl_module)
         for _, _, adapter in adapters_of(root):
             adapter.train()
-        trained = {name for injection in record_of(root).injections.values() for name in injection.in_place}
-        frozen = any(name not in trained for name in base_parameters(root))
-        for name, module in root.named_modules():
-            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if frozen and is_norm and module.training and f"{name}.weight" not in trained:
-                self._held.append(module.eval())
+        for norm in frozen_norms(root):
+            if norm.training:
+                self._held.append(norm.eval())
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once, after the first backward: warn of adapters that no gradient reached."""
