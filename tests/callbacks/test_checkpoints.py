@@ -298,6 +298,30 @@ def test_rates_that_tell_split_groups_apart_stay_as_configured(tmp_path: Path) -
     assert [group["weight_decay"] for group in held.groups] == [0.01, 0.01]
 
 
+def test_values_that_told_joined_groups_apart_become_those_configured_now(tmp_path: Path) -> None:
+    fit(tmp_path, grouped(groups_split), max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+
+    def joined(module: Lit) -> Any:
+        return [{"params": groups_trainable(module), "weight_decay": 0.3, "betas": (0.5, 0.9)}]
+
+    held = Held()
+    fit(tmp_path, grouped(joined), peft(), held, max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
+    (group,) = held.groups
+    assert group["weight_decay"] == 0.3  # two values before
+    assert group["betas"] == (0.9, 0.999)  # one value before: resuming goes on with it, as always
+    assert group["lr"] == pytest.approx(0.02 * 0.9**12)
+
+
+def test_optimizers_that_are_given_names_keep_the_names_of_now(tmp_path: Path) -> None:
+    def named(module: Lit) -> Any:
+        return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+    fit(tmp_path, grouped(lambda module: module.named_parameters()), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    held, module = Held(), grouped(named)
+    fit(tmp_path, module, peft(), held, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert held.groups[0]["param_names"] == [name for name, _ in named(module)]
+
+
 def test_schedulers_inside_schedulers_follow_the_groups(tmp_path: Path) -> None:
     class Sequence(Grouped):
         def configure_optimizers(self) -> Any:
@@ -418,6 +442,17 @@ def test_a_checkpoint_with_averaged_weights_holds_no_base_and_resumes_exactly(tm
     fit(tmp_path, resumed, peft(), averages[1], max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert_equal_states(through, resumed)
     assert_equal_states(averages[0]._average_model, averages[1]._average_model)
+
+
+def test_averages_start_from_a_base_that_was_loaded_late(tmp_path: Path) -> None:
+    class LoadsInSetup(Lit):
+        def setup(self, stage: str) -> None:
+            nn.init.constant_(self.net["q_proj"].weight, 0.1)
+
+    averaging, module = ema(), LoadsInSetup()
+    fit(tmp_path, module, peft(), averaging)
+    assert module.net["q_proj"].weight.eq(0.1).all()
+    assert averaging._average_model.module.net["q_proj"].weight.eq(0.1).all()  # type: ignore[union-attr]
 
 
 def test_a_merged_checkpoint_holds_the_averaged_weights(tmp_path: Path) -> None:
