@@ -1,62 +1,115 @@
 """What a Lightning checkpoint holds when a model is adapted: the adapters, and nothing of the frozen base.
 
-``checkpoint["peft"]`` says with which methods and on which base, in primitives only, so that the file loads with
-``weights_only=True``. On loading, the base is filled in from the live module, and loading stays strict.
+``checkpoint["peft"]`` says with which methods and on which base, in tensors and primitives only, so that the file loads
+with ``weights_only=True``. On loading, the base is filled in from the live module, and loading stays strict.
+
+Averaging callbacks store further copies of the model; what holds for ``state_dict`` holds for each of them.
 """
 
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.engine import AdapterFileError, adapters_of, inject
-from lightning_peft.engine.inject import has_record, record_of
-from lightning_peft.engine.slots import base_parameters
-from lightning_peft.engine.state import check_base, fingerprint
-from lightning_peft.interop.files import FORMAT, adapted_root, describe, method_from
+from lightning_peft.callbacks.optimizer_state import names_in
+from lightning_peft.engine import AdapterFileError, MergeError, adapters_of, inject
+from lightning_peft.engine.inject import has_record, owners_of, record_of
+from lightning_peft.engine.merge import check_finite, check_mergeable, merged_parameters
+from lightning_peft.engine.slots import base_parameters, slots
+from lightning_peft.engine.state import check_base, fingerprint, refuse
+from lightning_peft.interop.files import FORMAT, adapted_root, check_format, describe, method_from
+
+Save = Literal["adapter", "full", "merged"]
+
+_OF_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "current_model_state", "averaging_state")
 
 
-def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Take the frozen base out of ``checkpoint``, and say how to get it back."""
+@dataclass
+class Saving:
+    """What is to be saved of a module, kept on it so that it holds with every Trainer.
+
+    Args:
+        what: ``PEFT``'s argument ``save``.
+        warned: a warning that the adapters hold NaN was given.
+    """
+
+    what: Save = "adapter"
+    warned: bool = False
+
+
+def on_save(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take the frozen base out of ``checkpoint``, or fold the adapters into it, and say what was done."""
     root = adapted_root(module)
     if not has_record(root) or record_of(root).merged is not None or "state_dict" not in checkpoint:
         return
-    base = base_tensors(module)
-    state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in base}
-    checkpoint["peft"] = {
-        "format": FORMAT,
-        "adapters": {name: describe(injection.method) for name, injection in record_of(root).injections.items()},
-        "base": fingerprint(root),
-    }
+    saving = module.__dict__.setdefault("_peft_saving", Saving())
+    facts = describe_all(module) | {"holds": saving.what}
+    facts["method_state"] = {name: dict(i.state) for name, i in record_of(root).injections.items() if i.state}
+    trainer: Any = getattr(module, "_trainer", None)
+    if "optimizer_states" in checkpoint and trainer is not None:
+        facts["optimizer_param_names"] = [names_in(module, optimizer) for optimizer in trainer.optimizers]
+    _warn_once_of_nan(module, checkpoint["state_dict"], saving)
+    if saving.what == "adapter":
+        base = base_tensors(module)
+        for holder, key in _model_states(checkpoint):
+            holder[key] = {name: value for name, value in holder[key].items() if name not in base}
+    elif saving.what == "full":
+        others = {name: injection.in_place.items() for name, injection in record_of(root).injections.items()}
+        facts["in_place"] = {name: {k: v for k, v in items if v is not None} for name, items in others.items()}
+    else:
+        checkpoint["state_dict"] = _folded(_averaged(trainer) or module, checkpoint["state_dict"])
+        for key in _OF_TRAINING:
+            checkpoint.pop(key, None)
+        facts.pop("optimizer_param_names", None)
+    checkpoint["peft"] = facts
 
 
-def fill_in_base(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def on_load(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Put the tensors of the live base into an adapter checkpoint, so that it loads strictly.
 
     Raises:
-        AdapterFileError: the checkpoint holds no adapter, one of another method, or one for another base.
+        AdapterFileError: the checkpoint holds no adapter, one of another method, one for another base, or one that
+            does not fit or is not finite; however strict the module wants loading to be.
     """
     root = adapted_root(module)
-    if "state_dict" not in checkpoint or not has_record(root):
+    if not has_record(root) or record_of(root).merged is not None:
         return
     methods = {name: injection.method for name, injection in record_of(root).injections.items()}
-    state = checkpoint["state_dict"]
-    if "peft" not in checkpoint:
-        own = {id(p) for _, _, adapter in adapters_of(root) for p in adapter.parameters()}
-        if any(key in state for key, p in module.named_parameters() if id(p) in own):
-            return  # an ordinary checkpoint of the adapted model: loading it is strict
+    facts = _facts_of(module, checkpoint)
+    if facts is not None:
+        stored = {name: method_from(adapter) for name, adapter in facts["adapters"].items()}
+        if stored != methods:
+            raise AdapterFileError(f"the checkpoint was made with {stored}, but the model has {methods}. Use the same.")
+        if facts.get("holds", "adapter") == "adapter":
+            check_base(fingerprint(root), facts.get("base"), "this checkpoint")
+    if "state_dict" not in checkpoint:  # the strategy loads the values by itself
+        return
+    if facts is None and not _tensors(module, _of_adapters(root)).keys() & checkpoint["state_dict"].keys():
         raise AdapterFileError(
             f"the checkpoint holds no adapter, but the model has {', '.join(map(repr, methods))}. Load a checkpoint of "
             "the base before PEFT adapts it: module.load_state_dict(torch.load(path)['state_dict']), then fit."
         )
-    facts = checkpoint["peft"]
-    stored = {name: method_from(adapter) for name, adapter in facts["adapters"].items()}
-    if stored != methods:
-        raise AdapterFileError(f"the checkpoint was made with {stored}, but the model has {methods}. Use the same.")
-    check_base(fingerprint(root), facts.get("base"), "this checkpoint")
-    buffers = {prefix_of(module, root) + name: value for name, value in record_of(root).buffers.items()}
-    checkpoint["state_dict"] = {**base_tensors(module), **buffers, **state}  # buffers may have moved since
+    states = list(_model_states(checkpoint))
+    for holder, key in states:
+        _check_own(module, holder[key], methods)
+    if facts is None:  # an ordinary checkpoint of the adapted model
+        return
+    if facts.get("holds", "adapter") == "adapter":
+        buffers = {prefix_of(module, root) + name: value for name, value in record_of(root).buffers.items()}
+        base = {**base_tensors(module), **buffers}  # buffers may have moved since
+        for holder, key in states:
+            holder[key] = {**base, **holder[key]}
+    for name, state in facts.get("method_state", {}).items():
+        for key, value in state.items():
+            record_of(root).injections[name].state[key].copy_(value)
+    for name, before in facts.get("in_place", {}).items():
+        for key, value in before.items():
+            record_of(root).injections[name].in_place[key].copy_(value)  # type: ignore[union-attr]
 
 
 def inject_from(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -65,12 +118,48 @@ def inject_from(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         AdapterFileError: there are none.
     """
-    if "peft" not in checkpoint:
+    facts = _facts_of(module, checkpoint)
+    if facts is None:
         raise AdapterFileError(
             f"the checkpoint holds no adapter. Load it with {type(module).__name__}.load_from_checkpoint(path)."
         )
-    for name, adapter in checkpoint["peft"]["adapters"].items():
+    for name, adapter in facts["adapters"].items():
         inject(module, method_from(adapter), name)
+
+
+def check_can_merge(module: nn.Module) -> None:
+    """Raise a `MergeError` if merged weights of ``module`` would not load into a model without adapters."""
+    root = adapted_root(module)
+    check_mergeable(adapters_of(root))
+    owners, prefix = owners_of(module), prefix_of(module, root)
+    parameters_of: dict[Any, list[str]] = {}
+    for path, slot in slots(root):
+        held: Any = slot.adapters
+        lacking = frozenset(name for name, parameter in slot._parameters.items() if parameter is None)
+        kind = (lacking, *((type(adapter), adapter.site) for adapter in held.values()))
+        if kind not in parameters_of:  # computed once for each kind of layer
+            parameters_of[kind] = list(merged_parameters(slot, torch.float32))
+        for name in parameters_of[kind]:
+            parameter = slot._parameters[name]
+            if parameter is None:
+                raise MergeError(
+                    f"save='merged': merging adds a {name} to {path!r}, which the base does not have, so the file "
+                    "would not load into it. Leave that layer out with exclude_modules, or use save='adapter'."
+                )
+            others = [owner for owner in owners[id(parameter)] if owner != f"{prefix}{path}.{name}"]
+            if others:
+                raise MergeError(
+                    f"save='merged': the {name} of {path!r} is tied to {others[0]!r}, and merging changes only one of "
+                    "them. Leave that layer out with exclude_modules, or use save='adapter'."
+                )
+
+
+def describe_all(module: nn.Module) -> dict[str, Any]:
+    """Format, methods and base of an adapted module; primitives only."""
+    root = adapted_root(module)
+    described = {name: describe(injection.method) for name, injection in record_of(root).injections.items()}
+    version = next(iter(described.values()))["version"]
+    return {"format": FORMAT, "version": version, "adapters": described, "base": fingerprint(root)}
 
 
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -79,9 +168,7 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     What lies outside the adapted part of ``module``, or requires gradients all the same, is not base: it may train.
     """
     root = adapted_root(module)
-    prefix, record = prefix_of(module, root), record_of(root)
-    trained = {id(root.get_parameter(name)) for i in record.injections.values() for name in i.in_place}
-    frozen = {id(p) for p in base_parameters(root).values() if not p.requires_grad} - trained
+    prefix, record, frozen = prefix_of(module, root), record_of(root), frozen_base(module)
     base: dict[str, Tensor] = {}
     for key, value in module.state_dict(keep_vars=True).items():
         before = record.buffers.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
@@ -90,6 +177,98 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     return base
 
 
+def frozen_base(module: nn.Module) -> set[int]:
+    """id of each base parameter that no adapter trains in place and that requires no gradients."""
+    root = adapted_root(module)
+    return {id(p) for p in base_parameters(root).values() if not p.requires_grad} - _trained_in_place(root)
+
+
 def prefix_of(module: nn.Module, root: nn.Module) -> str:
     """What the keys of ``root`` begin with in the ``state_dict`` of ``module``."""
     return next(f"{name}." if name else "" for name, m in module.named_modules() if m is root)
+
+
+def _trained_in_place(root: nn.Module) -> set[int]:
+    return {id(root.get_parameter(name)) for i in record_of(root).injections.values() for name in i.in_place}
+
+
+def _of_adapters(root: nn.Module) -> set[int]:
+    return {id(t) for _, _, a in adapters_of(root) for t in itertools.chain(a.parameters(), a.buffers())}
+
+
+def _tensors(module: nn.Module, ids: set[int]) -> dict[str, Tensor]:
+    """Key in ``state_dict`` -> live tensor of those with these ids."""
+    return {key: value for key, value in module.state_dict(keep_vars=True).items() if id(value) in ids}
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    root = adapted_root(module)
+    return _tensors(module, _of_adapters(root) | _trained_in_place(root))
+
+
+def _model_states(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(dictionary, key) of each state of the whole model: the one that is loaded, and those of averaging callbacks."""
+    for key in ("state_dict", "current_model_state"):
+        if key in checkpoint:
+            yield checkpoint, key
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("average_model_state") is not None:
+            yield state, "average_model_state"
+
+
+def _averaged(trainer: Any) -> nn.Module | None:
+    """The copy of the module whose weights are saved in its place: the averaged one, while a callback has one."""
+    averaging = (c for c in getattr(trainer, "callbacks", ()) if isinstance(c, WeightAveraging))
+    return next((c._average_model.module for c in averaging if c._average_model is not None), None)
+
+
+def _folded(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the adapters of ``module`` folded into the weights, under the keys of the base alone."""
+    theirs = _tensors(module, _of_adapters(module))
+    plain = {key: value for key, value in state.items() if key not in theirs}
+    folded = {id(slot): merged_parameters(slot) for _, slot in slots(module)}
+    for path, slot in module.named_modules(remove_duplicate=False):  # a module that is used twice has two keys
+        for name, value in folded.get(id(slot), {}).items():
+            plain[f"{path}.{name}".lstrip(".")] = value.cpu()
+    return plain
+
+
+def _facts_of(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    facts: dict[str, Any] | None = checkpoint.get("peft")
+    if facts is None:
+        return None
+    check_format(facts, "the checkpoint")
+    if facts.get("holds") == "merged":
+        cls = type(module).__name__
+        raise AdapterFileError(
+            f"the checkpoint holds merged weights, and no adapter to go on with. They go into a plain {cls}: "
+            f"{cls}.load_from_checkpoint(path), without PEFT. A run that is to be resumed needs PEFT(save='adapter') "
+            "or PEFT(save='full')."
+        )
+    return facts
+
+
+def _check_own(module: nn.Module, state: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Refuse a state in which what belongs to the adapters does not fit, or is not finite."""
+    own = _own_tensors(module)
+    parts = [f"adapters.{name}{end}" for name in names for end in (".", ":")]
+    there = module.state_dict(keep_vars=True).keys()
+    refuse(
+        {
+            "missing": [key for key in own if key not in state],
+            "unexpected": [key for key in state if key not in there and any(part in key for part in parts)],
+            "of the wrong shape": [key for key, t in own.items() if key in state and state[key].shape != t.shape],
+            "NaN or infinite": [key for key in own if key in state and not state[key].isfinite().all()],
+        },
+        f"the adapters of {type(module).__name__}",
+    )
+
+
+def _warn_once_of_nan(module: nn.Module, state: Mapping[str, Tensor], saving: Saving) -> None:
+    if saving.warned:
+        return
+    try:
+        check_finite({key: state[key] for key in _own_tensors(module) if key in state}, AdapterFileError)
+    except AdapterFileError as error:
+        saving.warned = True
+        rank_zero_warn(f"the checkpoint that is being written will be refused when it is loaded: {error}")

@@ -10,11 +10,13 @@ import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import lightning as L
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -22,8 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints
+from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
+from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_peft.callbacks.instance_hooks import after, around, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
+from lightning_peft.callbacks.optimizer_state import restore_by_name
 from lightning_peft.callbacks.probe import batch_loss
 from lightning_peft.callbacks.resuming import State, go_on, random_state
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
@@ -38,7 +43,6 @@ from lightning_peft.engine import (
     notify,
 )
 from lightning_peft.engine.inject import has_record, record_of
-from lightning_peft.engine.slots import base_parameters
 from lightning_peft.engine.training import Event
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
@@ -63,11 +67,14 @@ class PEFT(L.Callback):
         init_from: adapter folder to start from, as written by ``save_adapter``; the optimizer starts fresh.
         save_to: folder to write the adapter to when training ends; with several methods one folder each inside it.
         summary: print the table of what was adapted when training starts.
+        save: what checkpoints hold: ``"adapter"``, what was trained and nothing of the frozen base; ``"full"``, the
+            base too; ``"merged"``, weights for a model without adapters, which cannot be resumed.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.
         AdapterError: arguments contradict each other, another PEFT callback has the same name, or a parameter that is
             to be trained is in no optimizer.
+        MergeError: checkpoints are to be merged, and the method is no change of weights that the base can hold.
     """
 
     def __init__(
@@ -78,13 +85,19 @@ class PEFT(L.Callback):
         init_from: str | None = None,
         save_to: str | None = None,
         summary: bool = True,
+        save: checkpoints.Save = "adapter",
     ) -> None:
+        if save not in get_args(checkpoints.Save):
+            raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
+        self.save = save
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
+        self._resuming: dict[str, Any] = {}  # the checkpoint, between its loading and the start of training
         self._gradients_seen = True
         self._while_training = ExitStack()
-        self._random: dict[str, State] = {}  # of the epoch's beginning; and, from a checkpoint, of its end
+        self._random: dict[str, State] = {}  # before the data of the epoch; and, from a checkpoint, "now"
+        self._before_data: State | None = None  # the same, while the epoch has not begun
         self._told: int | None = None  # the step whose beginning the methods know of
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
@@ -118,8 +131,7 @@ class PEFT(L.Callback):
                 f"{name} comes before PEFT, so it would average a model without adapters. Put PEFT first: "
                 f"callbacks=[PEFT(...), {name}(...)]."
             )
-        around(pl_module, "on_save_checkpoint", checkpoints.keep_adapters)
-        around(pl_module, "on_load_checkpoint", checkpoints.fill_in_base)
+        self._set_up_checkpoints(trainer, pl_module)
         root = adapted_root(pl_module)
         trained_already = has_record(root) and self.name in record_of(root).injections
         self._to_load = None if trained_already else self.init_from
@@ -132,6 +144,10 @@ class PEFT(L.Callback):
             # others may call it early (weight averaging does): the last call is the one that the Trainer makes
             after(pl_module, "configure_model", self._inject_if_last, once=_called_by_trainer)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what is being resumed until there are optimizers."""
+        self._resuming = checkpoint if trainer.training else {}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that all that is to be trained is in an optimizer; show and log what was adapted."""
         trainable, total = trainable_share(pl_module)
@@ -142,13 +158,15 @@ class PEFT(L.Callback):
             )
         _check_optimizers(trainer, pl_module)
         _check_switching(trainer, self.methods)
+        average_what_trains(trainer, pl_module)
+        self._restore_optimizers_by_name(trainer, pl_module)
         for optimizer in trainer.optimizers:
             scale_in_step(optimizer)
             stepped = optimizer.register_step_post_hook(
                 lambda *_: self._notify("on_after_optimizer_step", trainer, pl_module)
             )
             self._while_training.enter_context(stepped)
-        self._gradients_seen, self._told = False, None
+        self._gradients_seen, self._told, self._before_data = False, None, random_state()
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"trainable_parameters": trainable, "trainable_percent": 100 * trainable / total}, step=0
@@ -160,12 +178,13 @@ class PEFT(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on where a checkpoint was written."""
         self._set_modes(adapted_root(pl_module))
-        if "now" in self._random and not go_on(trainer, self._random["epoch"], now := self._random.pop("now")):
-            self._random["next epoch"] = now
+        if "now" in self._random:
+            now = self._random.pop("now")
+            self._before_data = None if go_on(trainer, self._random["epoch"], now) else now
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
-        self._random["epoch"] = self._random.pop("next epoch", {}) or random_state()
+        self._random["epoch"], self._before_data = self._before_data or random_state(), None
         self._set_modes(adapted_root(pl_module))
 
     def _set_modes(self, root: nn.Module) -> None:
@@ -196,13 +215,9 @@ class PEFT(L.Callback):
 
     def _hold_statistics(self, root: nn.Module) -> None:
         self._release_statistics()
-        parameters = base_parameters(root)
-        if all(parameter.requires_grad for parameter in parameters.values()):
-            return
-        for name, module in root.named_modules():
-            trained = f"{name}.weight" in parameters and parameters[f"{name}.weight"].requires_grad
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not trained:
-                self._held.append(module.eval())
+        for norm in frozen_norms(root):
+            if norm.training:
+                self._held.append(norm.eval())
 
     def _release_statistics(self) -> None:
         while self._held:
@@ -267,6 +282,31 @@ class PEFT(L.Callback):
         if last and self._to_load is not None:
             load_adapter(module, self._to_load, self.name)
             self._to_load = None
+        if last and self.save == "merged":
+            checkpoints.check_can_merge(module)
+
+    def _set_up_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        asked = {c.save for c in trainer.callbacks if isinstance(c, PEFT)}  # type: ignore[attr-defined]
+        if len(asked) > 1:
+            raise AdapterError(f"the PEFT callbacks ask for save={' and '.join(sorted(asked))}. Give all the same.")
+        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+        if self.save == "merged" and sharded:
+            raise AdapterError(
+                f"save='merged' cannot fold weights that {type(trainer.strategy).__name__} shards. Use save='adapter', "
+                "and merge after training."
+            )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        module.__dict__["_peft_saving"] = checkpoints.Saving(self.save)
+        around(module, "on_save_checkpoint", checkpoints.on_save)
+        around(module, "on_load_checkpoint", checkpoints.on_load)
+
+    def _restore_optimizers_by_name(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        checkpoint, self._resuming = self._resuming, {}
+        if "optimizer_param_names" in checkpoint.get("peft", {}):
+            live = [config.scheduler for config in trainer.lr_scheduler_configs]
+            schedulers = list(zip(live, checkpoint.get("lr_schedulers", ()), strict=False))
+            restore_by_name(module, trainer.optimizers, checkpoint["peft"]["optimizer_param_names"], schedulers)
 
     @staticmethod
     def load_from_checkpoint(module_class: type[Module], checkpoint_path: str | Path, **kwargs: Any) -> Module:
@@ -288,8 +328,8 @@ class PEFT(L.Callback):
 
         def on_load_checkpoint(self: L.LightningModule, checkpoint: dict[str, Any]) -> None:
             checkpoints.inject_from(self, checkpoint)
-            around(self, "on_save_checkpoint", checkpoints.keep_adapters)
-            checkpoints.fill_in_base(self, checkpoint)
+            around(self, "on_save_checkpoint", checkpoints.on_save)
+            checkpoints.on_load(self, checkpoint)
             original(self, checkpoint)
 
         own = "on_load_checkpoint" in vars(module_class)

@@ -1,8 +1,8 @@
 """Going on in the middle of an epoch as if nothing had happened: the same batches, the same random numbers.
 
-Lightning restarts a plain ``DataLoader`` at its first batch, and stores no random state. So a checkpoint keeps the
-state of the generators at the beginning of the epoch, from which the order of the data follows, and at the time of
-saving, from which dropout follows.
+Lightning restarts a plain ``DataLoader`` at its first batch, and stores no random state. So a checkpoint keeps two
+states of the generators: that before the data of the epoch was set up, from which its order follows, and that at the
+time of saving, from which dropout follows.
 """
 
 import random
@@ -33,7 +33,7 @@ def set_random_state(state: State) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-def go_on(trainer: L.Trainer, at_epoch_start: State, now: State) -> int:
+def go_on(trainer: L.Trainer, before_data: State, now: State) -> int:
     """Before the epoch in which a run goes on: pass over the batches that were trained on before; return how many.
 
     Data that keeps a state of its own (a loader, or a datamodule, with ``state_dict``) is left to itself. With several
@@ -47,13 +47,12 @@ def go_on(trainer: L.Trainer, at_epoch_start: State, now: State) -> int:
     done = 0 if done >= trainer.num_training_batches else done
     alone = trainer.world_size == 1
     if alone:
-        set_random_state(at_epoch_start if done else now)
+        set_random_state(before_data if done else now)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not (loader._state_dicts() or (datamodule is not None and is_overridden("state_dict", datamodule))):
         for one in loader.flattened:
             _set_sampler_epoch(one, trainer.current_epoch)
-        if trainer.current_epoch or fetcher.length is None:  # as at the start of an epoch: it draws random numbers
-            iter(fetcher)
+        iter(fetcher)  # again: it draws random numbers
         for _ in range(done):
             next(fetcher)
         fetcher.fetched -= done  # Lightning adds them by itself

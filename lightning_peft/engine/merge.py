@@ -43,7 +43,7 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
         raise MergeError("the adapters are merged already.")
     active = tuple(name for name, injection in record.injections.items() if injection.active)
     acting = [(path, module, a) for name in active for path, module, a in adapters_of(model, name)]
-    _check_mergeable(acting)
+    check_mergeable(acting)
     for name in active:
         check_finite(adapter_state(model, name), MergeError)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -155,6 +155,15 @@ def merged_parameters(module: Any, dtype: torch.dtype | None = None) -> dict[str
     return values
 
 
+def check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:
+    """Raise a `MergeError` that names the first of these adapters that is no change of weights."""
+    refused = [(path, reason) for path, _, adapter in acting if (reason := adapter.unmergeable_because()) is not None]
+    if refused:
+        path, reason = refused[0]
+        others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise MergeError(f"the adapter on {path!r}{others} cannot be merged: {reason} Keep it as an adapter.")
+
+
 def check_finite(state: Mapping[str, Tensor], error: type[Exception]) -> None:
     """Raise ``error`` for the first tensor that holds NaN or an infinite value."""
     for key, value in state.items():
@@ -163,11 +172,3 @@ def check_finite(state: Mapping[str, Tensor], error: type[Exception]) -> None:
                 f"{key} holds NaN or infinite values. Training diverged before this: go back to an earlier checkpoint, "
                 "and lower the learning rate or clip gradients."
             )
-
-
-def _check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:
-    refused = [(path, reason) for path, _, adapter in acting if (reason := adapter.unmergeable_because()) is not None]
-    if refused:
-        path, reason = refused[0]
-        others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise MergeError(f"the adapter on {path!r}{others} cannot be merged: {reason} Keep it as an adapter.")

@@ -60,20 +60,25 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     there = optional | state
     problems["of the wrong shape"] = [k for k, v in tensors.items() if k in there and v.shape != there[k].shape]
     problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-    found = [
-        f"{len(keys)} tensors are {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if found:
-        raise AdapterFileError(
-            f"the file does not fit adapter {name!r} of {slots.base_class(model).__name__}: {'; '.join(found)}. "
-            "Load it into the model, and with the method, that it was made with."
-        )
+    refuse(problems, f"adapter {name!r} of {slots.base_class(model).__name__}")
     base = {key: record_of(model).buffers[key] for key in optional}  # a buffer that is not there had its base value
     with torch.no_grad():
         for key, value in {**base, **tensors}.items():
             there[key].copy_(value)
+
+
+def refuse(problems: Mapping[str, list[str]], what: str) -> None:
+    """Raise an `AdapterFileError` if there are any ``problems``: kind -> keys of the tensors that have it."""
+    found = [
+        f"{len(keys)} tensors are {problem}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        for problem, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise AdapterFileError(
+            f"the file does not fit {what}: {'; '.join(found)}. "
+            "Load it into the model, and with the method, that it was made with."
+        )
 
 
 def fingerprint(

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
     # the tensors take their place last: until then the former ones say by themselves what they are
-    with _replacing(folder / TENSORS) as tensor_file, _replacing(folder / CONFIG) as config_file:
+    with replacing(folder / TENSORS) as tensor_file, replacing(folder / CONFIG) as config_file:
         save_file(contiguous, tensor_file, metadata={"format": "pt", _METADATA: json.dumps(facts)})
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
@@ -132,12 +132,18 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
     config = _parse(config_file.read_text(), config_file) if config_file.is_file() else facts
     if config is None:
         raise AdapterFileError(f"there is no {CONFIG} beside {file}, and the file does not say what it is.")
-    if facts and facts.get("format", 0) > FORMAT:
+    if facts:
+        check_format(facts, str(file))
+    return facts, config, tensors
+
+
+def check_format(facts: dict[str, Any], source: str) -> None:
+    """Raise an `AdapterFileError` if ``source`` was written by a version that knows more than this one."""
+    if facts.get("format", 0) > FORMAT:
         raise AdapterFileError(
-            f"{file} has format {facts['format']}, this library reads up to {FORMAT}: it was written by "
+            f"{source} has format {facts['format']}, this library reads up to {FORMAT}: it was written by "
             f"lightning_peft {facts.get('version')}. Upgrade."
         )
-    return facts, config, tensors
 
 
 def describe(method: Method) -> dict[str, Any]:
@@ -202,15 +208,16 @@ def _parse(text: str, file: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    It is in the same folder, and so on the same disk: only there can a file take the place of another in one step.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        yield Path(temporary)
-        with open(temporary, "rb") as stream:
+        yield temporary
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -369,7 +369,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
     del stored["state_dict"]["net.q_proj.adapters.default.lora_A"]
     torch.save(stored, tmp_path / "a.ckpt")
-    with pytest.raises(RuntimeError, match=r"Missing key.*net\.q_proj\.adapters\.default\.lora_A"):
+    with pytest.raises(AdapterFileError, match=r"1 tensors are missing: net\.q_proj\.adapters\.default\.lora_A"):
         trainer(tmp_path, lora()).test(Lit(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
