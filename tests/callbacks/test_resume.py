@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft import PEFT, LoRA
 from lightning_peft.engine import METHODS, Method
@@ -89,12 +89,13 @@ def test_a_run_resumed_behind_an_epoch_ends_where_an_uninterrupted_one_ends(meth
 
 
 class Stream(IterableDataset):
-    """Random data without a length."""
+    """Data without a length."""
 
     def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(5)
         for _ in range(6):
-            x = torch.randn(8, 7)
-            yield [x, (x.sum(1) > random.gauss(0, 1)).long()]
+            x = torch.randn(8, 7, generator=generator)
+            yield [x, (x.sum(1) > 0).long()]
 
 
 def test_a_stream_without_a_length_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -103,6 +104,25 @@ def test_a_stream_without_a_length_goes_on_where_it_was(tmp_path: Path) -> None:
 
     through = run(tmp_path, LoRA(r=2), every_batch(tmp_path), data=data())
     assert_equal(run(tmp_path, LoRA(r=2), data=data(), ckpt_path=tmp_path / "step=2.ckpt"), through)
+
+
+class Augmented(TensorDataset):
+    """Draws random numbers when it is read."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.randn_like(x) * random.random(), y
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_augmentations_go_on_where_they_were(workers: int, tmp_path: Path) -> None:
+    def data() -> DataLoader:
+        dataset = Augmented(*loader().dataset.tensors)
+        return DataLoader(dataset, batch_size=8, shuffle=True, num_workers=workers)
+
+    through = run(tmp_path, LoRA(r=2), every_batch(tmp_path), data=data())
+    for k in (1, 4):
+        assert_equal(run(tmp_path, LoRA(r=2), data=data(), ckpt_path=tmp_path / f"step={k}.ckpt"), through)
 
 
 class Stateful(DataLoader):
