@@ -7,17 +7,21 @@ and must have found everything after the last.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints
+from lightning_peft.callbacks.activation_checkpointing import inputs_require_grad
 from lightning_peft.callbacks.instance_hooks import after, around, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
@@ -65,7 +69,8 @@ class PEFT(L.Callback):
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
-        self._gradients_seen = True
+        self._stepped: set[int] = set()  # ids of the optimizers whose gradients were looked at
+        self._while_training = ExitStack()
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
     @property
@@ -90,6 +95,7 @@ class PEFT(L.Callback):
                 f"{name} comes before PEFT, so it would average a model without adapters. Put PEFT first: "
                 f"callbacks=[PEFT(...), {name}(...)]."
             )
+        _check_no_finetuning(trainer)
         around(pl_module, "on_save_checkpoint", checkpoints.keep_adapters)
         around(pl_module, "on_load_checkpoint", checkpoints.fill_in_base)
         root = adapted_root(pl_module)
@@ -115,7 +121,8 @@ class PEFT(L.Callback):
         _check_optimizers(trainer, pl_module)
         for optimizer in trainer.optimizers:
             scale_in_step(optimizer)
-        self._gradients_seen = False
+        _check_precision(pl_module)
+        self._stepped.clear()
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"trainable_parameters": trainable, "trainable_percent": 100 * trainable / total}, step=0
@@ -123,6 +130,10 @@ class PEFT(L.Callback):
         if self.summary and trainer.is_global_zero:
             for name in self.methods:
                 show(adapter_table(adapted_root(pl_module), name))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adapters train inside of activation checkpoints too."""
+        self._while_training.enter_context(inputs_require_grad())
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
@@ -136,31 +147,41 @@ class PEFT(L.Callback):
             if frozen and is_norm and module.training and f"{name}.weight" not in trained:
                 self._held.append(module.eval())
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Once, after the first backward: warn of adapters that no gradient reached."""
-        if self._gradients_seen:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Once, before the first step of each optimizer: warn of what it should train but got no gradient for."""
+        if id(optimizer) in self._stepped:
             return
-        self._gradients_seen = True
-        idle = [
-            f"{path} ({type(adapter).__name__})"
-            for path, _, adapter in adapters_of(adapted_root(pl_module))
-            if all(p.grad is None for p in adapter.parameters()) and any(p.requires_grad for p in adapter.parameters())
-        ]
-        if idle:
+        self._stepped.add(id(optimizer))
+        root = adapted_root(pl_module)
+        idle = {
+            id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.grad is None
+        }
+        of_adapters = [(f"{path} ({type(a).__name__})", list(a.parameters())) for path, _, a in adapters_of(root)]
+        adapters = [name for name, own in of_adapters if own and all(id(p) in idle for p in own)]
+        in_place = [name for name, p in base_parameters(root).items() if id(p) in idle]
+        if adapters:
             rank_zero_warn(
-                f"{len(idle)} adapters got no gradient in the first backward: {', '.join(idle[:3])}, ... Either their "
-                "layers were not used in this batch, or their weights are read in a way that hides it (a helper "
+                f"{len(adapters)} adapters got no gradient in the first step: {', '.join(adapters[:3])}, ... Either "
+                "their layers were not used in this batch, or their weights are read in a way that hides it (a helper "
                 "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
                 "with exclude_modules, or let the model call them."
+            )
+        if in_place:
+            rank_zero_warn(
+                f"{len(in_place)} parameters that are trained in place got no gradient in the first step: "
+                f"{', '.join(in_place[:3])}, ... Their layers were not used in this batch, or the loss does not depend "
+                "on them. Leave them out with exclude_modules or modules_to_save."
             )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A step that failed may have left its rates scaled: give back what was asked for, before anybody saves it."""
+        self._while_training.close()
         for optimizer in trainer.optimizers:
             unscale(optimizer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the adapter folder, if one was asked for; give the modes back."""
+        self._while_training.close()
         while self._held:
             self._held.pop().train()
         if self.save_to is not None:
@@ -237,6 +258,16 @@ def _check_trainer(trainer: Any, module: nn.Module) -> None:
         )
 
 
+def _check_no_finetuning(trainer: Any) -> None:
+    """Refuse callbacks that unfreeze the base while training goes on: no copy of it would be kept."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, BaseFinetuning):
+            raise AdapterError(
+                f"{type(callback).__name__} unfreezes the base that PEFT keeps frozen. Take one of them out of the "
+                "callbacks; parts of the base that are to be trained whole are named in modules_to_save."
+            )
+
+
 def _named(method: Method | Sequence[Method] | str | None, name: str, init_from: str | None) -> dict[str, Method]:
     if method is None:
         if init_from is None:
@@ -269,4 +300,15 @@ def _check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
         raise AdapterError(
             f"{len(missing)} parameters are to be trained but are in no optimizer: {', '.join(missing[:3])}, ... "
             "Make the optimizer in configure_optimizers, from self.parameters() or those that require gradients."
+        )
+
+
+def _check_precision(module: nn.Module) -> None:
+    """Refuse to train in float16: with Adam such parameters are NaN after a few steps."""
+    half = [name for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise AdapterError(
+            f"{len(half)} parameters of the base are to be trained in float16: {', '.join(half[:3])}, ... They would "
+            "become NaN within a few steps (adapters would not: they stay in float32). Use precision='bf16-true', or "
+            "'16-mixed' on a GPU, or train adapters alone."
         )
