@@ -4,6 +4,7 @@
 ``weights_only=True``. On loading, the base is filled in from the live module, and loading stays strict.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import AdapterFileError, adapters_of, inject
 from lightning_peft.engine.inject import has_record, record_of
-from lightning_peft.engine.slots import base_parameters
+from lightning_peft.engine.slots import base_parameters, plain_name
 from lightning_peft.engine.state import check_base, fingerprint
 from lightning_peft.interop.files import FORMAT, adapted_root, describe, method_from
 
@@ -23,7 +24,7 @@ def keep_adapters(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         return
     base = base_tensors(module)
     state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in base}
+    checkpoint["state_dict"] = {plain_name(key): value for key, value in state.items() if key not in base}
     checkpoint["peft"] = {
         "format": FORMAT,
         "adapters": {name: describe(injection.method) for name, injection in record_of(root).injections.items()},
@@ -41,7 +42,7 @@ def fill_in_base(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if "state_dict" not in checkpoint or not has_record(root):
         return
     methods = {name: injection.method for name, injection in record_of(root).injections.items()}
-    state = checkpoint["state_dict"]
+    state = checkpoint["state_dict"] = live_names(module, checkpoint["state_dict"])
     if "peft" not in checkpoint:
         own = {id(p) for _, _, adapter in adapters_of(root) for p in adapter.parameters()}
         if any(key in state for key, p in module.named_parameters() if id(p) in own):
@@ -88,6 +89,12 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
         if id(value) in frozen or (before is not None and torch.equal(value, before.to(value.device))):
             base[key] = value.detach()
     return base
+
+
+def live_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` under the keys that ``module`` has while it is, or is not, compiled; unknown keys as they are."""
+    live = {plain_name(key): key for key in module.state_dict(keep_vars=True)}
+    return {live.get(plain_name(key), key): value for key, value in state.items()}
 
 
 def prefix_of(module: nn.Module, root: nn.Module) -> str:
