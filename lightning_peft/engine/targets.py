@@ -179,6 +179,27 @@ def select_targets(
     return [t for t in supported if t.name in chosen]
 
 
+def unsupported(
+    model: nn.Module, kinds: Collection[Kind], target_modules: str | Sequence[str]
+) -> list[tuple[str, nn.Module]]:
+    """(plain name, layer) of what the patterns select beside the targets: layers with weights of no such kind."""
+    can = {id(t.module) for t in candidates(model) if t.site.kind in kinds}
+
+    def selected(name: str, module: nn.Module) -> bool:
+        patterns = as_patterns(target_modules)
+        linear = ALL_LINEAR in patterns and isinstance(module, nn.Linear) and not is_below(name, output_head(model))
+        return linear or any(matches(p, name, module) for p in patterns if p not in (ALL_LINEAR, ALL_LAYERS))
+
+    return [
+        (plain_name(name), module)
+        for name, module in _base_modules(model)
+        if id(module) not in can
+        and next(module.parameters(), None) is not None
+        and not dict(module.named_children()).keys() - {"adapters", "parametrizations"}
+        and selected(name, module)
+    ]
+
+
 def select_modules(model: nn.Module, patterns: str | Sequence[str] | None, who: str) -> list[str]:
     """Names of the modules of any type that the patterns (or ``"output-head"``) select.
 
