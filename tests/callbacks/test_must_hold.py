@@ -147,7 +147,7 @@ def test_layers_that_a_wildcard_selects_but_no_adapter_fits_are_in_the_table(
     rows = [line for line in capsys.readouterr().out.splitlines() if "none fits" in line]
     assert len(rows) == len(left_out)
     for name, kind in left_out.items():
-        assert any(f"net.{name} " in row and f" {kind} " in row for row in rows), (name, rows)
+        assert any(f"net.{name} " in row and f" 1 │ {kind} " in row for row in rows), (name, rows)
     assert {name for name, _, _ in adapters_of(module)} == {"net.q_proj", "net.v_proj"}
 
 
