@@ -27,7 +27,7 @@ class _Reentrant:
 
 
 @contextmanager
-def inputs_require_grad() -> Iterator[None]:
+def inputs_require_grad(module: Any) -> Iterator[None]:
     """While it lasts, the output of every reentrant checkpoint has a graph."""
     original = torch.utils.checkpoint.CheckpointFunction
     torch.utils.checkpoint.CheckpointFunction = _Reentrant  # type: ignore[misc, assignment]

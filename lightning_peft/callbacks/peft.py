@@ -7,7 +7,6 @@ and must have found everything after the last.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints
 from lightning_peft.callbacks.activation_checkpointing import inputs_require_grad
-from lightning_peft.callbacks.instance_hooks import after, around, within
+from lightning_peft.callbacks.instance_hooks import after, around, unwrap, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of, get_method, inject
@@ -70,7 +69,6 @@ class PEFT(L.Callback):
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
         self._stepped: set[int] = set()  # ids of the optimizers whose gradients were looked at
-        self._while_training = ExitStack()
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
     @property
@@ -104,6 +102,8 @@ class PEFT(L.Callback):
         self._inject(pl_module, last=False)
         if stage == "fit":
             within(pl_module, "configure_optimizers", lambda module: groups_split(ratios(adapted_root(module))))
+            # around the step itself, so that it holds in the runs of a tuner too, which calls no callback
+            within(pl_module, "training_step", inputs_require_grad, once=lambda module: False)
         built_later = is_overridden("configure_model", pl_module)
         after(pl_module, "setup", lambda module: self._inject(module, last=not built_later))
         if built_later:
@@ -130,10 +130,6 @@ class PEFT(L.Callback):
         if self.summary and trainer.is_global_zero:
             for name in self.methods:
                 show(adapter_table(adapted_root(pl_module), name))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adapters train inside of activation checkpoints too."""
-        self._while_training.enter_context(inputs_require_grad())
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
@@ -175,17 +171,20 @@ class PEFT(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A step that failed may have left its rates scaled: give back what was asked for, before anybody saves it."""
-        self._while_training.close()
+        unwrap(pl_module, "training_step", inputs_require_grad)
         for optimizer in trainer.optimizers:
             unscale(optimizer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the adapter folder, if one was asked for; give the modes back."""
-        self._while_training.close()
         while self._held:
             self._held.pop().train()
         if self.save_to is not None:
             self._save(pl_module, Path(self.save_to))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the training step as it was."""
+        unwrap(pl_module, "training_step", inputs_require_grad)
 
     @rank_zero_only
     def _save(self, module: nn.Module, folder: Path) -> None:

@@ -116,11 +116,34 @@ def test_checkpointing_itself_is_as_before_when_training_ends_well_or_not(tmp_pa
             super().training_step(batch, batch_idx)
             raise RuntimeError("no")
 
+    failed, ended = Fails(), Checkpointed()
     with pytest.raises(RuntimeError, match="no"):
-        trainer(tmp_path, lora()).fit(Fails(), datamodule=Data())
+        trainer(tmp_path, lora()).fit(failed, datamodule=Data())
+    fitted(tmp_path, ended, lora(), PEFT("bitfit", name="second", summary=False))
     assert torch.utils.checkpoint.CheckpointFunction is CheckpointFunction
-    fitted(tmp_path, Checkpointed())
-    assert torch.utils.checkpoint.CheckpointFunction is CheckpointFunction
+    for module in (failed, ended):
+        assert "training_step" not in vars(module)
+
+
+def test_a_search_by_the_tuner_trains_inside_activation_checkpoints_too(tmp_path: Path) -> None:
+    # it runs without callbacks; with nothing trainable outside of the checkpoints, backward would be an error
+    module = Checkpointed()
+    found = Tuner(trainer(tmp_path, lora())).lr_find(module, datamodule=Data(), num_training=6, update_attr=False)
+    assert found is not None
+    assert len(set(found.results["loss"])) > 1
+
+
+def test_a_training_step_gets_the_arguments_that_it_asks_for(tmp_path: Path) -> None:
+    class Brief(Lit):
+        def training_step(self, batch: list[Tensor]) -> Tensor:  # type: ignore[override]
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    module = Brief()
+    fitted(tmp_path, module)
+    module.training_step = module.training_step  # type: ignore[method-assign]  # somebody patched the instance
+    mine = module.training_step
+    fitted(tmp_path, module)
+    assert vars(module)["training_step"] == mine
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*deprecated")

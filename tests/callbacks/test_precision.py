@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_peft import PEFT, AdapterError, LoRA, disabled
@@ -32,6 +33,7 @@ PRECISIONS = {
     "bf16-mixed": (torch.float32, torch.float32, torch.bfloat16),
 }
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 class Losses(L.Callback):
@@ -117,26 +119,34 @@ def test_training_the_base_in_float16_is_refused(method: Any, tmp_path: Path) ->
         trainer(tmp_path, PEFT(method, summary=False), precision="16-true").fit(Lit(), loader(), loader())
 
 
-@GPU
+def scaled(device: str) -> dict[str, Any]:
+    # the scale overflows at first: steps are left out, and it is lowered
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**24)
+    return {"accelerator": device, "devices": 1, "plugins": MixedPrecision("16-mixed", device, scaler)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", CASES)
-def test_every_method_trains_with_a_gradient_scaler(method: Method, tmp_path: Path) -> None:
+def test_every_method_trains_with_a_gradient_scaler(method: Method, device: str, tmp_path: Path) -> None:
     module, losses = Lit(), Losses()
-    options = {"precision": "16-mixed", "accelerator": "cuda", "devices": 1, "max_epochs": 2}
-    made = trainer(tmp_path, PEFT(method, summary=False), losses, gradient_clip_val=1.0, **options)
+    options = {**scaled(device), "gradient_clip_val": 1.0, "max_epochs": 3}
+    made = trainer(tmp_path, PEFT(method, summary=False), losses, **options)
     start = {name: p.clone() for name, p in module.named_parameters()}
     made.fit(module, loader(), loader())
+    assert made.scaler is not None
+    assert 1 < made.scaler.get_scale() < 2**24
     assert state_dtypes(made) == {torch.float32}
+    assert {group["lr"] for group in made.optimizers[0].param_groups} == {0.02}, "rates are as configured"
     assert all(p.isfinite().all() for p in module.parameters())
     for name, parameter in start.items():
         if not module.get_parameter(name).requires_grad:
             assert torch.equal(parameter, module.get_parameter(name).cpu()), name
 
 
-@GPU
-def test_a_base_in_float16_with_a_gradient_scaler_trains_adapters_alone(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"precision": "16-mixed", "accelerator": "cuda", "devices": 1}
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_base_in_float16_with_a_gradient_scaler_trains_adapters_alone(device: str, tmp_path: Path) -> None:
     module = Lit().half()
-    trainer(tmp_path, PEFT(LoRA(r=2), summary=False), gradient_clip_val=1.0, **options).fit(module, loader(), loader())
+    trainer(tmp_path, PEFT(LoRA(r=2), summary=False), **scaled(device)).fit(module, loader(), loader())
     assert all(adapter.lora_B.any() and adapter.lora_B.isfinite().all() for _, _, adapter in adapters_of(module))
     with pytest.raises(AdapterError, match="to be trained in float16"):
-        trainer(tmp_path, PEFT("bitfit", summary=False), **options).fit(Lit().half(), loader(), loader())
+        trainer(tmp_path, PEFT("bitfit", summary=False), **scaled(device)).fit(Lit().half(), loader(), loader())
