@@ -105,6 +105,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [path for path in inside - generated if not path.exists()] == []
 
 
+def test_every_promise_is_held_by_a_test() -> None:
+    rows = [line for line in (TOP / "docs" / "guarantees.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not re.match(r"\| (Promise|---) ", row)]
+    assert len(promises) >= 27
+    for row in promises:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (TOP / "tests" / file).read_text(), re.M), f"{file}::{test}"
+
+
 def test_every_method_has_a_row_and_a_page(hooks: ModuleType) -> None:
     table = hooks.on_page_markdown(f"before\n\n{hooks.TABLE}\n\nafter")
     for name, cls in METHODS.items():

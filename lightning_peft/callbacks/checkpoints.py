@@ -20,7 +20,7 @@ from lightning_peft.callbacks.optimizer_state import names_in
 from lightning_peft.engine import AdapterFileError, MergeError, adapters_of, inject
 from lightning_peft.engine.inject import has_record, owners_of, record_of
 from lightning_peft.engine.merge import check_finite, check_mergeable, merged_parameters
-from lightning_peft.engine.slots import base_parameters, slots
+from lightning_peft.engine.slots import base_parameters, plain_name, slots
 from lightning_peft.engine.state import check_base, fingerprint, refuse
 from lightning_peft.interop.files import FORMAT, adapted_root, check_format, describe, method_from
 
@@ -57,7 +57,7 @@ def on_save(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if saving.what == "adapter":
         base = base_tensors(module)
         for holder, key in _model_states(checkpoint):
-            holder[key] = {name: value for name, value in holder[key].items() if name not in base}
+            holder[key] = {plain_name(name): value for name, value in holder[key].items() if name not in base}
     elif saving.what == "full":
         others = {name: injection.in_place.items() for name, injection in record_of(root).injections.items()}
         facts["in_place"] = {name: {k: v for k, v in items if v is not None} for name, items in others.items()}
@@ -89,6 +89,8 @@ def on_load(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             check_base(fingerprint(root), facts.get("base"), "this checkpoint")
     if "state_dict" not in checkpoint:  # the strategy loads the values by itself
         return
+    for holder, key in _model_states(checkpoint):
+        holder[key] = live_names(module, holder[key])
     if facts is None and not _tensors(module, _of_adapters(root)).keys() & checkpoint["state_dict"].keys():
         raise AdapterFileError(
             f"the checkpoint holds no adapter, but the model has {', '.join(map(repr, methods))}. Load a checkpoint of "
@@ -181,6 +183,12 @@ def frozen_base(module: nn.Module) -> set[int]:
     """id of each base parameter that no adapter trains in place and that requires no gradients."""
     root = adapted_root(module)
     return {id(p) for p in base_parameters(root).values() if not p.requires_grad} - _trained_in_place(root)
+
+
+def live_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` under the keys that ``module`` has while it is, or is not, compiled; unknown keys as they are."""
+    live = {plain_name(key): key for key in module.state_dict(keep_vars=True)}
+    return {live.get(plain_name(key), key): value for key, value in state.items()}
 
 
 def prefix_of(module: nn.Module, root: nn.Module) -> str:

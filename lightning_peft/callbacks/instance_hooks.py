@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any
 
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 
@@ -42,9 +43,12 @@ def within(
 ) -> None:
     """Let ``module.<hook>`` run inside ``context(module)``.
 
-    The wrapper takes itself off with the call at which ``once(module)`` holds.
+    The wrapper takes itself off with the call at which ``once(module)`` holds. Wrapping the same hook with the same
+    context again changes nothing.
     """
     previous = module.__dict__.get(hook)
+    if getattr(previous, "context", None) is context:
+        return
 
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if once(self):
@@ -56,8 +60,19 @@ def within(
         with context(self):
             return own(*args, **kwargs)
 
-    wrapper.__name__ = hook
+    wrapper.__name__, wrapper.context, wrapper.previous = hook, context, previous  # type: ignore[attr-defined]
+    if is_overridden(hook, module):
+        wrapper.__wrapped__ = getattr(module, hook)  # type: ignore[attr-defined]  # Lightning asks for its arguments
     module.__dict__[hook] = MethodType(wrapper, module)
+
+
+def unwrap(module: nn.Module, hook: str, context: Callable[[Any], AbstractContextManager[Any]]) -> None:
+    """Take off what `within` put around ``module.<hook>`` with this context, if it is there."""
+    wrapper: Any = module.__dict__.get(hook)
+    if getattr(wrapper, "context", None) is context:
+        del module.__dict__[hook]
+        if wrapper.previous is not None:
+            module.__dict__[hook] = wrapper.previous
 
 
 def after(

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.engine import AdapterFileError
+from lightning_peft.engine.slots import plain_name
 
 _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")  # in the state of schedulers
 
 
 def names_in(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """The names of the parameters in each group; empty for one that is not the module's."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
@@ -61,7 +62,7 @@ def restore_by_name(
                 _refit_scheduler(scheduler, state, origins)
         _refit_on_load(optimizer, before, now, origins)
         new = set(chain(*now)) - set(chain(*before))
-        fresh = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name in new]
+        fresh = [name for name, p in module.named_parameters() if p.requires_grad and plain_name(name) in new]
         if fresh:
             rank_zero_warn(
                 f"the checkpoint has no optimizer state for {len(fresh)} parameters, which start afresh: "

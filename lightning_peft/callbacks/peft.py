@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,14 +25,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints
+from lightning_peft.callbacks.activation_checkpointing import inputs_require_grad
 from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.callbacks.instance_hooks import after, around, within
+from lightning_peft.callbacks.instance_hooks import after, around, unwrap, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.optimizer_state import restore_by_name
 from lightning_peft.callbacks.probe import batch_loss
 from lightning_peft.callbacks.resuming import State, go_on, random_state
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
+from lightning_peft.callbacks.telemetry import PREFIX, Telemetry
 from lightning_peft.engine import (
     AdapterError,
     Method,
@@ -43,6 +46,7 @@ from lightning_peft.engine import (
     notify,
 )
 from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.slots import base_parameters
 from lightning_peft.engine.training import Event
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
@@ -69,6 +73,8 @@ class PEFT(L.Callback):
         summary: print the table of what was adapted when training starts.
         save: what checkpoints hold: ``"adapter"``, what was trained and nothing of the frozen base; ``"full"``, the
             base too; ``"merged"``, weights for a model without adapters, which cannot be resumed.
+        telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
+            of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.
@@ -86,19 +92,21 @@ class PEFT(L.Callback):
         save_to: str | None = None,
         summary: bool = True,
         save: checkpoints.Save = "adapter",
+        telemetry: bool = False,
     ) -> None:
         if save not in get_args(checkpoints.Save):
             raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
-        self.save = save
+        self.save, self.telemetry = save, telemetry
+        self._telemetry: Telemetry | None = None
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
         self._resuming: dict[str, Any] = {}  # the checkpoint, between its loading and the start of training
-        self._gradients_seen = True
         self._while_training = ExitStack()
         self._random: dict[str, State] = {}  # before the data of the epoch; and, from a checkpoint, "now"
         self._before_data: State | None = None  # the same, while the epoch has not begun
         self._told: int | None = None  # the step whose beginning the methods know of
+        self._stepped: set[int] = set()  # ids of the optimizers whose gradients were looked at
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
     @property
@@ -131,6 +139,7 @@ class PEFT(L.Callback):
                 f"{name} comes before PEFT, so it would average a model without adapters. Put PEFT first: "
                 f"callbacks=[PEFT(...), {name}(...)]."
             )
+        _check_no_finetuning(trainer)
         self._set_up_checkpoints(trainer, pl_module)
         root = adapted_root(pl_module)
         trained_already = has_record(root) and self.name in record_of(root).injections
@@ -138,6 +147,8 @@ class PEFT(L.Callback):
         self._inject(pl_module, last=False)
         if stage == "fit":
             within(pl_module, "configure_optimizers", lambda module: groups_split(ratios(adapted_root(module))))
+            # around the step itself, so that it holds in the runs of a tuner too, which calls no callback
+            within(pl_module, "training_step", inputs_require_grad, once=lambda module: False)
         built_later = is_overridden("configure_model", pl_module)
         after(pl_module, "setup", lambda module: self._inject(module, last=not built_later))
         if built_later:
@@ -158,6 +169,7 @@ class PEFT(L.Callback):
             )
         _check_optimizers(trainer, pl_module)
         _check_switching(trainer, self.methods)
+        _check_precision(pl_module)
         average_what_trains(trainer, pl_module)
         self._restore_optimizers_by_name(trainer, pl_module)
         for optimizer in trainer.optimizers:
@@ -166,7 +178,8 @@ class PEFT(L.Callback):
                 lambda *_: self._notify("on_after_optimizer_step", trainer, pl_module)
             )
             self._while_training.enter_context(stepped)
-        self._gradients_seen, self._told, self._before_data = False, None, random_state()
+        self._told, self._before_data = None, random_state()
+        self._stepped.clear()
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"trainable_parameters": trainable, "trainable_percent": 100 * trainable / total}, step=0
@@ -205,7 +218,17 @@ class PEFT(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Tell the methods that the gradients of a step are complete."""
+        if id(optimizer) not in self._stepped:
+            self._stepped.add(id(optimizer))
+            _check_gradients(adapted_root(pl_module), optimizer)
         self._notify("on_before_optimizer_step", trainer, pl_module)
+        self._log_telemetry(trainer, pl_module)
+
+    def _log_telemetry(self, trainer: Any, module: L.LightningModule) -> None:
+        due = trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0
+        if self._telemetry is not None and due:
+            measured = {f"{PREFIX}/{key}": value for key, value in self._telemetry.measure().items()}
+            module.log_dict(measured, on_step=True, on_epoch=False)
 
     def _notify(self, event: Event, trainer: L.Trainer, module: L.LightningModule, **now: Any) -> None:
         root = adapted_root(module)
@@ -223,26 +246,9 @@ class PEFT(L.Callback):
         while self._held:
             self._held.pop().train()
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Once, after the first backward: warn of adapters that no gradient reached."""
-        if self._gradients_seen:
-            return
-        self._gradients_seen = True
-        idle = [
-            f"{path} ({type(adapter).__name__})"
-            for path, _, adapter in adapters_of(adapted_root(pl_module))
-            if all(p.grad is None for p in adapter.parameters()) and any(p.requires_grad for p in adapter.parameters())
-        ]
-        if idle:
-            rank_zero_warn(
-                f"{len(idle)} adapters got no gradient in the first backward: {', '.join(idle[:3])}, ... Either their "
-                "layers were not used in this batch, or their weights are read in a way that hides it (a helper "
-                "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
-                "with exclude_modules, or let the model call them."
-            )
-
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A step that failed may have left its rates scaled: give back what was asked for, before anybody saves it."""
+        unwrap(pl_module, "training_step", inputs_require_grad)
         for optimizer in trainer.optimizers:
             unscale(optimizer)
         self._while_training.close()
@@ -255,6 +261,10 @@ class PEFT(L.Callback):
         self._let_all_train(pl_module)
         if self.save_to is not None:
             self._save(pl_module, Path(self.save_to))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the training step as it was."""
+        unwrap(pl_module, "training_step", inputs_require_grad)
 
     def _let_all_train(self, module: L.LightningModule) -> None:
         """The next optimizer is made from all that may train."""
@@ -279,6 +289,8 @@ class PEFT(L.Callback):
             if last:
                 raise
             return  # not all of the model is built yet
+        if last and self.telemetry and self._telemetry is None:
+            self._telemetry = Telemetry(adapted_root(module))
         if last and self._to_load is not None:
             load_adapter(module, self._to_load, self.name)
             self._to_load = None
@@ -359,6 +371,16 @@ def _check_trainer(trainer: Any, module: nn.Module) -> None:
         )
 
 
+def _check_no_finetuning(trainer: Any) -> None:
+    """Refuse callbacks that unfreeze the base while training goes on: no copy of it would be kept."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, BaseFinetuning):
+            raise AdapterError(
+                f"{type(callback).__name__} unfreezes the base that PEFT keeps frozen. Take one of them out of the "
+                "callbacks; parts of the base that are to be trained whole are named in modules_to_save."
+            )
+
+
 def _named(method: Method | Sequence[Method] | str | None, name: str, init_from: str | None) -> dict[str, Method]:
     if method is None:
         if init_from is None:
@@ -394,6 +416,27 @@ def _check_switching(trainer: L.Trainer, methods: dict[str, Method]) -> None:
         )
 
 
+def _check_gradients(root: nn.Module, optimizer: Optimizer) -> None:
+    """Before its first step: warn of what an optimizer should train but got no gradient for."""
+    idle = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.grad is None}
+    of_adapters = [(f"{path} ({type(a).__name__})", list(a.parameters())) for path, _, a in adapters_of(root)]
+    adapters = [name for name, own in of_adapters if own and all(id(p) in idle for p in own)]
+    in_place = [name for name, p in base_parameters(root).items() if id(p) in idle]
+    if adapters:
+        rank_zero_warn(
+            f"{len(adapters)} adapters got no gradient in the first step: {', '.join(adapters[:3])}, ... Either "
+            "their layers were not used in this batch, or their weights are read in a way that hides it (a helper "
+            "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
+            "with exclude_modules, or let the model call them."
+        )
+    if in_place:
+        rank_zero_warn(
+            f"{len(in_place)} parameters that are trained in place got no gradient in the first step: "
+            f"{', '.join(in_place[:3])}, ... Their layers were not used in this batch, or the loss does not depend "
+            "on them. Leave them out with exclude_modules or modules_to_save."
+        )
+
+
 def _check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
@@ -401,4 +444,15 @@ def _check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
         raise AdapterError(
             f"{len(missing)} parameters are to be trained but are in no optimizer: {', '.join(missing[:3])}, ... "
             "Make the optimizer in configure_optimizers, from self.parameters() or those that require gradients."
+        )
+
+
+def _check_precision(module: nn.Module) -> None:
+    """Refuse to train in float16: with Adam such parameters are NaN after a few steps."""
+    half = [name for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise AdapterError(
+            f"{len(half)} parameters of the base are to be trained in float16: {', '.join(half[:3])}, ... They would "
+            "become NaN within a few steps (adapters would not: they stay in float32). Use precision='bf16-true', or "
+            "'16-mixed' on a GPU, or train adapters alone."
         )

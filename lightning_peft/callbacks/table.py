@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.engine import adapters_of
 from lightning_peft.engine.inject import record_of
 from lightning_peft.engine.slots import base_class
+from lightning_peft.engine.targets import unsupported
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:
@@ -19,7 +20,10 @@ def trainable_share(model: nn.Module) -> tuple[int, int]:
 
 
 def adapter_table(model: nn.Module, name: str = "default") -> Table:
-    """One row for each group of like layers: where, how many, what they are, what sits on them, what it trains."""
+    """One row for each group of like layers: where, how many, what they are, what sits on them, what it trains.
+
+    Layers that ``target_modules`` selects beside those that the method can adapt have rows too.
+    """
     injection = record_of(model).injections[name]
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for path, module, adapter in adapters_of(model, name):
@@ -38,6 +42,9 @@ def adapter_table(model: nn.Module, name: str = "default") -> Table:
         whole = leaves if len(leaves) < 4 else [f"{len(leaves)} parameters"]
         base = f"{base_class(module).__name__} {', '.join(whole)}"
         groups[collapsed(owner), base, "trained in place"].append(size)
+    left = unsupported(model, tuple(injection.method.adapter_types), getattr(injection.method, "target_modules", ()))
+    for path, module in left:
+        groups[collapsed(path), base_class(module).__name__, "none fits"].append(0)
     trainable, total = trainable_share(model)
     table = Table(title=f"PEFT {name!r}: {injection.method}", title_justify="left", show_footer=True)
     table.add_column("Layers", footer="all trainable parameters")

@@ -96,7 +96,10 @@ def effective_rank(adapter: Any) -> float:
     # the singular values of B A are those of R_B R_A^T, of size r x r
     R_B = torch.linalg.qr(adapter.lora_B.float().flatten(1)).R
     R_A = torch.linalg.qr(adapter.lora_A.float().flatten(1).T).R
-    values = torch.linalg.svdvals(R_B @ R_A.T)
+    small = R_B @ R_A.T
+    if not small.isfinite().all():  # a run that diverges still shows where
+        return float("nan")
+    values = torch.linalg.svdvals(small)
     if not values.any():
         return 0.0
     shares = values / values.sum()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.engine.slots import base_class
+from lightning_peft.engine.slots import base_class, plain_name
 
 # asking a weight for these does not use its values
 _HARMLESS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "type"})
@@ -22,8 +22,9 @@ _HARMLESS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel
 def readers(model: nn.Module, owner: str, parameter: str) -> list[nn.Module]:
     """The ancestors of module ``owner`` in ``model`` whose forward reads its ``parameter``."""
     path = owner.split(".")
-    ancestors = [(model.get_submodule(".".join(path[:depth])), path[depth:]) for depth in range(len(path))]
-    return [module for module, below in ancestors if _reads(module, below, parameter)]
+    below = [plain_name(".".join(path[depth:])).split(".") for depth in range(len(path))]
+    ancestors = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    return [module for module, names in zip(ancestors, below, strict=True) if _reads(module, names, parameter)]
 
 
 def reads_in_training(reader: nn.Module) -> bool:

@@ -302,10 +302,23 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+# what torch.compile and others put between a module and its name
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+def plain_name(name: str) -> str:
+    """``name`` of a module or parameter as it is when nothing is compiled or wrapped: what people and files call it.
+
+    >>> plain_name("_orig_mod.layers.0._orig_mod.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def adapters_of(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module, Adapter]]:
-    """(module name, module, adapter) of every adapter below ``model``; of one adapter name if it is given."""
+    """(plain module name, module, adapter) of every adapter below ``model``; of one adapter name if it is given."""
     return [
-        (path, module, adapter)
+        (plain_name(path), module, adapter)
         for path, module in slots(model)
         for key, adapter in module.adapters.items()  # type: ignore[union-attr, operator]
         if name in (None, key.partition(":")[0])

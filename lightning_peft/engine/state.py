@@ -18,8 +18,9 @@ METHOD_STATE = "method_state"  # the keys of what a method keeps beside its adap
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Key -> live tensor of everything that adapter ``name`` has trained or changed, and nothing of the base.
 
-    Keys are those of ``state_dict`` without the adapter name: ``blocks.0.attn.qkv.adapters.lora_A``; for a module with
-    several weights ``self_attn.adapters:in_proj_weight.lora_A``; for what was trained in place ``head.weight``.
+    Keys are those of ``state_dict`` when nothing is compiled, without the adapter name:
+    ``blocks.0.attn.qkv.adapters.lora_A``; for a module with several weights
+    ``self_attn.adapters:in_proj_weight.lora_A``; for what was trained in place ``head.weight``.
     What the method keeps beside its adapters is below ``method_state``.
     Buffers of the base (running statistics) are there if they are not what they were before injection.
 
@@ -36,11 +37,11 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         state |= {f"{prefix}.{key}": value for key, value in adapter.state_dict(keep_vars=True).items()}
     parameters, injection = dict(model.named_parameters()), record.injections[name]
     for key, other in injection.in_place.items():
-        state[key] = parameters[key] if injection.active or other is None else other
+        state[slots.plain_name(key)] = parameters[key] if injection.active or other is None else other
     state |= {f"{METHOD_STATE}.{key}": value for key, value in injection.state.items()}
     for key, buffer in model.named_buffers():
         if key in record.buffers and not torch.equal(buffer, record.buffers[key].to(buffer.device)):
-            state[key] = buffer
+            state[slots.plain_name(key)] = buffer
     return state
 
 
@@ -52,7 +53,8 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
             been changed then.
     """
     state, buffers = adapter_state(model, name), dict(model.named_buffers())
-    optional = {key: buffers[key] for key in record_of(model).buffers if key in buffers}
+    before = {slots.plain_name(key): value for key, value in record_of(model).buffers.items() if key in buffers}
+    optional = {slots.plain_name(key): buffer for key, buffer in buffers.items() if slots.plain_name(key) in before}
     problems = {
         "missing": [key for key in state if key not in tensors and key not in optional],
         "unexpected": [key for key in tensors if key not in state and key not in optional],
@@ -61,9 +63,8 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     problems["of the wrong shape"] = [k for k, v in tensors.items() if k in there and v.shape != there[k].shape]
     problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     refuse(problems, f"adapter {name!r} of {slots.base_class(model).__name__}")
-    base = {key: record_of(model).buffers[key] for key in optional}  # a buffer that is not there had its base value
     with torch.no_grad():
-        for key, value in {**base, **tensors}.items():
+        for key, value in {**before, **tensors}.items():  # a buffer that is not there had its base value
             there[key].copy_(value)
 
 
@@ -95,9 +96,9 @@ def fingerprint(
     trained = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
     before = {key: other for i in injections.values() if i.active for key, other in i.in_place.items()}
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
-    base = {name: p for name, p in slots.base_parameters(model).items() if name.startswith(prefix)}
-    for name, parameter in sorted(base.items()):
-        structure.update(f"{name.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
+    base = {slots.plain_name(name): (name, p) for name, p in slots.base_parameters(model).items()}
+    for plain, (name, parameter) in sorted((plain, named) for plain, named in base.items() if plain.startswith(prefix)):
+        structure.update(f"{plain.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
         count += parameter.numel()
         real = real and not parameter.is_meta
         if name not in trained and real:

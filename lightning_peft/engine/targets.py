@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.errors import TargetError, nearest
-from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters
+from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters, plain_name
 
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all-layers"
@@ -20,7 +20,7 @@ _HEADS = ("lm_head", "classifier", "head", "fc", "score", "qa_outputs", "heads")
 
 @dataclass(frozen=True)
 class Target:
-    """One weight of a model: where it is (``name``), whose it is (``module``), and how it is used (``site``)."""
+    """One weight of a model: its plain ``name``, its ``module`` and the path ``owner`` to it, its use (``site``)."""
 
     name: str
     module: nn.Module
@@ -87,7 +87,7 @@ def candidates(model: nn.Module) -> list[Target]:
     for name, module in _base_modules(model):
         for site in sites(module):
             full = name if site.weight == "weight" else f"{name}.{site.weight}".lstrip(".")
-            found.append(Target(full, module, site, name))
+            found.append(Target(plain_name(full), module, site, name))
     return found
 
 
@@ -105,7 +105,7 @@ def output_head(model: nn.Module) -> str | None:
                 if isinstance(head, nn.Module) and next(head.parameters(), None) is not None:
                     return names.get(id(head))
     linear = [n for n, m in _base_modules(model) if isinstance(m, nn.Linear) and not re.search(r"\b\d+\b", n)]
-    named = [n for n in linear if n.split(".")[-1] in _HEADS]
+    named = [n for n in linear if plain_name(n).split(".")[-1] in _HEADS]
     return named[-1] if named else None
 
 
@@ -115,6 +115,7 @@ def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
     >>> [matches(p, "blocks.0.attn.qkv") for p in ("qkv", "attn.qkv", r"blocks.[0-3].*qkv", "kv", "blocks")]
     [True, True, True, False, False]
     """
+    name = plain_name(name)
     if name == pattern or name.endswith("." + pattern):
         return True
     if module is not None and any(pattern == cls.__name__ for cls in base_class(module).__mro__[:-2]):
@@ -178,6 +179,27 @@ def select_targets(
     return [t for t in supported if t.name in chosen]
 
 
+def unsupported(
+    model: nn.Module, kinds: Collection[Kind], target_modules: str | Sequence[str]
+) -> list[tuple[str, nn.Module]]:
+    """(plain name, layer) of what the patterns select beside the targets: layers with weights of no such kind."""
+    can = {id(t.module) for t in candidates(model) if t.site.kind in kinds}
+
+    def selected(name: str, module: nn.Module) -> bool:
+        patterns = as_patterns(target_modules)
+        linear = ALL_LINEAR in patterns and isinstance(module, nn.Linear) and not is_below(name, output_head(model))
+        return linear or any(matches(p, name, module) for p in patterns if p not in (ALL_LINEAR, ALL_LAYERS))
+
+    return [
+        (plain_name(name), module)
+        for name, module in _base_modules(model)
+        if id(module) not in can
+        and next(module.parameters(), None) is not None
+        and not dict(module.named_children()).keys() - {"adapters", "parametrizations"}
+        and selected(name, module)
+    ]
+
+
 def select_modules(model: nn.Module, patterns: str | Sequence[str] | None, who: str) -> list[str]:
     """Names of the modules of any type that the patterns (or ``"output-head"``) select.
 
@@ -230,7 +252,7 @@ def select_parameters(
 
 def is_below(name: str, module: str | None) -> bool:
     """Whether ``name`` is ``module`` or inside it."""
-    return module is not None and f"{name}.".startswith(f"{module}.")
+    return module is not None and f"{plain_name(name)}.".startswith(f"{plain_name(module)}.")
 
 
 def _keyword(model: nn.Module, supported: list[Target], keyword: str) -> list[Target]:

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.engine import Adapter, AdapterFileError, Method, adapters_of
+from lightning_peft.engine.slots import plain_name
 from lightning_peft.methods import IA3, DoRA, LoRA, LoRAPlus
 
 PREFIX = "base_model.model."
@@ -148,7 +149,8 @@ def _gives_rank(key: str) -> bool:
 def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
     """The last parts of the names where they select nothing else, else the full names."""
     last = {path.rpartition(".")[2] for path in paths}
-    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    names = {plain_name(name) for name, _ in model.named_modules()}
+    selected = {name for name in names if name.rpartition(".")[2] in last}
     return sorted(last if selected == set(paths) else paths)
 
 

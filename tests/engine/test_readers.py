@@ -137,6 +137,16 @@ def test_a_layer_that_is_called_has_no_readers(cls: type[nn.Module]) -> None:
     assert readers(nn.Sequential(cls()), "0.proj", "weight") == []
 
 
+def test_a_layer_that_was_compiled_is_read_all_the_same() -> None:
+    model = Reads()
+    model.proj = torch.compile(model.proj)  # type: ignore[assignment]
+    inject(model, LoRA(r=2, target_modules="proj"))
+    ((_, layer, adapter),) = adapters_of(model)
+    nn.init.ones_(adapter.lora_B)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), F.linear(x, layer.weight + adapter.delta(), layer.bias))
+
+
 def test_containers_of_torch_that_read_are_found() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), 1)
     layer = encoder.layers[0]

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft import SSF, BitFit, LoRA, inject
 from lightning_peft.engine import TargetError, adapters_of, select_parameters, select_targets
+from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.targets import candidates, output_head
 
 LINEAR = ("linear",)
@@ -174,6 +175,22 @@ def test_adapters_are_no_candidates_themselves() -> None:
 def test_layers_whose_weight_is_computed_are_no_candidates() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 2))
     assert [t.name for t in candidates(model)] == ["1"]
+
+
+def test_a_compiled_part_goes_by_its_plain_names() -> None:
+    plain, partly = Net(), Net()
+    partly.blocks[1], partly.head = torch.compile(partly.blocks[1]), torch.compile(partly.head)
+    method = LoRA(r=2, target_modules=("blocks.1.q_proj", r"blocks\.[12]\.v_proj"), modules_to_save="blocks.1.norm")
+    for model in (partly, torch.compile(Net())):
+        for pattern in ("all-linear", *method.target_modules):
+            assert [t.name for t in select_targets(model, LINEAR, pattern)] == names(pattern)
+        chosen = [plain_name(name) for name in select_parameters(model, ("blocks.1.norm", "output-head"), who="test")]
+        assert chosen == select_parameters(plain, ("blocks.1.norm", "head"), who="test")
+    inject(plain, method)
+    inject(partly, method)
+    assert [name for name, _, _ in adapters_of(partly)] == [name for name, _, _ in adapters_of(plain)]
+    for (_, _, one), (_, _, other) in zip(adapters_of(plain), adapters_of(partly), strict=True):
+        assert torch.equal(one.lora_A, other.lora_A), "the start depends on the name"
 
 
 def test_output_head_is_asked_of_models_that_know_it() -> None:
