@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, SequentialLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, SequentialLR
 
 from lightning_peft import PEFT, SSF, AdapterError, BitFit, LoRA, disabled, merge
 from lightning_peft.engine import Adapter, AdapterFileError, MergeError, Method, Target, TargetedMethod, adapters_of
@@ -226,6 +226,10 @@ def groups_split(module: Lit) -> Any:
     ]
 
 
+def tenth_less(step: int) -> float:
+    return 0.9**step
+
+
 class Grouped(Lit):
     """Its groups are made by ``grouping``; the rate falls by a tenth with each step."""
 
@@ -233,7 +237,7 @@ class Grouped(Lit):
 
     def configure_optimizers(self) -> Any:
         optimizer = AdamW(type(self).grouping(self), lr=0.02)
-        return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.9), "interval": "step"}]
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, tenth_less), "interval": "step"}]
 
 
 def grouped(grouping: Any) -> Lit:
@@ -272,9 +276,6 @@ def test_optimizer_state_follows_the_names_of_parameters(before: Any, after: Any
     decays = [0.01, 0.0] if after is groups_split else [0.01]
     assert [group["weight_decay"] for group in held.groups] == decays
     assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.9**24)
-    torch_alone = grouped(after)  # what groups mean besides decay does not change what is learned
-    fit(tmp_path, torch_alone, max_epochs=4)
-    assert second.state_dict().keys() == torch_alone.state_dict().keys()
 
 
 def test_splitting_groups_that_mean_the_same_changes_nothing(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_schedulers_inside_schedulers_follow_the_groups(tmp_path: Path) -> None:
     class Sequence(Grouped):
         def configure_optimizers(self) -> Any:
             optimizer = AdamW(type(self).grouping(self), lr=0.02)
-            parts = [ExponentialLR(optimizer, 0.9), CosineAnnealingLR(optimizer, 20)]
+            parts = [ExponentialLR(optimizer, 0.9), LambdaLR(optimizer, tenth_less)]
             return [optimizer], [{"scheduler": SequentialLR(optimizer, parts, milestones=[6]), "interval": "step"}]
 
     class Split(Sequence):
