@@ -402,11 +402,11 @@ def test_without_the_names_the_error_is_that_of_torch(tmp_path: Path) -> None:
 
 
 class Pretrained(Lit):
-    """With running statistics that are not those of a new layer."""
+    """With running statistics that are not those of a new layer, and that rounding would move."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net["norm"].running_mean.copy_(torch.linspace(0.1, 0.9, 5))  # type: ignore[operator, union-attr]
+        self.net["norm"].running_mean.copy_(torch.linspace(1, 2, 5) / 7)  # type: ignore[operator, union-attr]
         self.net["norm"].running_var.copy_(torch.linspace(1.1, 1.7, 5))  # type: ignore[operator, union-attr]
 
 
