@@ -42,7 +42,7 @@ def trained(folder: str, module: L.LightningModule, *callbacks: L.Callback) -> L
     }
     steps = {"max_steps": 1, "limit_val_batches": 0, "accelerator": "cpu"}
     trainer = L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **steps, **quiet)  # type: ignore[arg-type]
-    trainer.fit(module, SourceCodeData(package="asyncio", seq_len=64, max_bytes=100_000))
+    trainer.fit(module, SourceCodeData(package="asyncio", seq_len=16, batch_size=1, max_bytes=20_000))
     return trainer
 
 

@@ -1,5 +1,6 @@
 """What is in a checkpoint, what of it is refused, and what comes back, in a real Trainer."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, SequentialLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, SequentialLR
 
 from lightning_peft import PEFT, SSF, AdapterError, BitFit, LoRA, disabled, merge
 from lightning_peft.engine import Adapter, AdapterFileError, MergeError, Method, Target, TargetedMethod, adapters_of
@@ -64,9 +65,9 @@ def assert_equal_states(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, theirs[key]), key
 
 
-def assert_base_untouched(module: nn.Module, *but: str) -> None:
+def assert_base_untouched(module: nn.Module, *but: str, base: nn.Module | None = None) -> None:
     after = module.state_dict()
-    for key, value in Lit().state_dict().items():
+    for key, value in (base or Lit()).state_dict().items():
         if not key.startswith(but):
             assert torch.equal(value, after[key]), key
 
@@ -226,6 +227,10 @@ def groups_split(module: Lit) -> Any:
     ]
 
 
+def tenth_less(step: int) -> float:
+    return 0.9**step
+
+
 class Grouped(Lit):
     """Its groups are made by ``grouping``; the rate falls by a tenth with each step."""
 
@@ -233,7 +238,7 @@ class Grouped(Lit):
 
     def configure_optimizers(self) -> Any:
         optimizer = AdamW(type(self).grouping(self), lr=0.02)
-        return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.9), "interval": "step"}]
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, tenth_less), "interval": "step"}]
 
 
 def grouped(grouping: Any) -> Lit:
@@ -272,9 +277,6 @@ def test_optimizer_state_follows_the_names_of_parameters(before: Any, after: Any
     decays = [0.01, 0.0] if after is groups_split else [0.01]
     assert [group["weight_decay"] for group in held.groups] == decays
     assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.9**24)
-    torch_alone = grouped(after)  # what groups mean besides decay does not change what is learned
-    fit(tmp_path, torch_alone, max_epochs=4)
-    assert second.state_dict().keys() == torch_alone.state_dict().keys()
 
 
 def test_splitting_groups_that_mean_the_same_changes_nothing(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_schedulers_inside_schedulers_follow_the_groups(tmp_path: Path) -> None:
     class Sequence(Grouped):
         def configure_optimizers(self) -> Any:
             optimizer = AdamW(type(self).grouping(self), lr=0.02)
-            parts = [ExponentialLR(optimizer, 0.9), CosineAnnealingLR(optimizer, 20)]
+            parts = [ExponentialLR(optimizer, 0.9), LambdaLR(optimizer, tenth_less)]
             return [optimizer], [{"scheduler": SequentialLR(optimizer, parts, milestones=[6]), "interval": "step"}]
 
     class Split(Sequence):
@@ -399,6 +401,15 @@ def test_without_the_names_the_error_is_that_of_torch(tmp_path: Path) -> None:
 # averaging
 
 
+class Pretrained(Lit):
+    """With running statistics that are not those of a new layer, and that rounding would move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net["norm"].running_mean.copy_(torch.linspace(1, 2, 5) / 7)  # type: ignore[operator, union-attr]
+        self.net["norm"].running_var.copy_(torch.linspace(1.1, 1.7, 5))  # type: ignore[operator, union-attr]
+
+
 def ema(**kwargs: Any) -> EMAWeightAveraging:
     return EMAWeightAveraging(decay=0.7, **kwargs)
 
@@ -418,10 +429,11 @@ def test_averaging_leaves_the_base_bit_for_bit_and_averages_the_rest(make: Any, 
 
     averaging, follow = make(), Follow()
     follow.seen = []
-    module = (Lit if where == "__init__" else LitConfigured)(where)
+    module = Pretrained() if where == "__init__" else LitConfigured(where)
+    base = Pretrained() if where == "__init__" else Lit()
     fit(tmp_path, module, peft(), averaging, follow, max_epochs=3)
-    assert_base_untouched(module, "net.head")
-    assert_base_untouched(averaging._average_model.module, "net.head")
+    assert_base_untouched(module, "net.head", base=base)
+    assert_base_untouched(averaging._average_model.module, "net.head", base=base)
     expected = follow.seen[0]
     for step, value in enumerate(follow.seen[1:], start=1):
         share = 1 / (step + 1) if type(averaging) is WeightAveraging else 0.3
@@ -464,23 +476,14 @@ def test_a_merged_checkpoint_holds_the_averaged_weights(tmp_path: Path) -> None:
     assert "current_model_state" not in read(tmp_path / "merged.ckpt")
 
 
-class Pretrained(Lit):
-    """With running statistics that are not those of a new layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        nn.init.constant_(self.net["norm"].running_mean, 0.1)  # type: ignore[arg-type]
-        nn.init.constant_(self.net["norm"].running_var, 1.7)  # type: ignore[arg-type]
-
-
 def test_stochastic_weight_averaging_leaves_base_and_statistics_and_resumes_exactly(tmp_path: Path) -> None:
     def swa() -> StochasticWeightAveraging:
         return StochasticWeightAveraging(0.01, 1, annealing_epochs=2, avg_fn=lambda a, b, n: 0.7 * a + 0.3 * b)
 
     through, resumed = Pretrained(), Pretrained()
-    fit(tmp_path, through, peft(), swa(), max_epochs=4)
-    for key, value in Pretrained().state_dict().items():
-        assert "head" in key or torch.equal(value, through.state_dict()[key]), key
+    made = fit(tmp_path, through, peft(), swa(), max_epochs=4)
+    assert made.current_epoch == 4, "without statistics that train there is no epoch to compute them"
+    assert_base_untouched(through, "net.head", base=Pretrained())
     half = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fit(tmp_path, Pretrained(), peft(), swa(), half, max_epochs=4, enable_checkpointing=True)
     (average,) = [s for s in read(tmp_path / "epoch=1.ckpt")["callbacks"].values() if "average_model_state" in s]
@@ -531,6 +534,7 @@ def test_a_diverged_run_is_told_of_once_when_it_saves_and_refused_when_it_loads(
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             nn.init.constant_(pl_module.net["v_proj"].adapters["default"].lora_B, torch.nan)
 
+    warnings.simplefilter("always")
     every = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
     fit(tmp_path, Lit(), peft(), Diverges(), every, max_epochs=3, enable_checkpointing=True)
     told = [str(w.message) for w in recwarn if "NaN" in str(w.message)]
