@@ -46,10 +46,9 @@ class Telemetry:
             for name, base in injection.in_place.items():
                 self.before[name] = root.get_parameter(name).detach().to("cpu", copy=True) if base is None else base
 
-    def layer_of(self, name: str) -> str:
-        """The block that ``name`` is in, or else its module."""
-        inside = next((block for block in self.blocks if is_below(name, block)), None)
-        return inside if inside is not None else name.partition(".adapters")[0].rpartition(".")[0] or name
+    def layer_of(self, module: str) -> str:
+        """The block that ``module`` is in, or else itself."""
+        return next((block for block in self.blocks if is_below(module, block)), module)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -59,33 +58,37 @@ class Telemetry:
         ranks: dict[str, list[float]] = {}
         for layer, delta in self._deltas():
             squares["delta_norm"][layer] = squares["delta_norm"].get(layer, 0.0) + delta.float().square().sum().item()
-        own = {id(p) for _, _, adapter in adapters_of(self.root) for p in adapter.parameters()}
-        for name, parameter in self.root.named_parameters():
-            if id(parameter) in own or name in self.before:
-                layer = self.layer_of(name)
-                trains[layer] = max(trains.get(layer, 0.0), float(parameter.requires_grad))
-                grad = 0.0 if parameter.grad is None else parameter.grad.float().square().sum().item()
-                squares["grad_norm"][layer] = squares["grad_norm"].get(layer, 0.0) + grad
+        for layer, parameter in self._parameters():
+            trains[layer] = max(trains.get(layer, 0.0), float(parameter.requires_grad))
+            grad = 0.0 if parameter.grad is None else parameter.grad.float().square().sum().item()
+            squares["grad_norm"][layer] = squares["grad_norm"].get(layer, 0.0) + grad
         for path, _, adapter in adapters_of(self.root):
             if {"lora_A", "lora_B"} <= adapter._parameters.keys():
-                ranks.setdefault(self.layer_of(f"{path}.adapters"), []).append(effective_rank(adapter))
+                ranks.setdefault(self.layer_of(path), []).append(effective_rank(adapter))
         total = sum(squares["delta_norm"].values()) or 1.0
         found = {f"{what}/{layer}": value**0.5 for what, of in squares.items() for layer, value in of.items()}
         found |= {f"update_share/{layer}": value / total for layer, value in squares["delta_norm"].items()}
         found |= {f"trains/{layer}": value for layer, value in trains.items()}
         return found | {f"effective_rank/{layer}": sum(values) / len(values) for layer, values in ranks.items()}
 
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, _, adapter in adapters_of(self.root):
+            for parameter in adapter.parameters():
+                yield self.layer_of(path), parameter
+        for name in self.before:
+            yield self.layer_of(name.rpartition(".")[0]), self.root.get_parameter(name)
+
     def _deltas(self) -> Iterator[tuple[str, Tensor]]:
         for path, module, adapter in adapters_of(self.root):
             if adapter.changes_weights:
                 weight, bias = adapter.site.get(module)
                 new_weight, new_bias = adapter.merged(weight, bias)
-                yield self.layer_of(f"{path}.adapters"), new_weight - weight
+                yield self.layer_of(path), new_weight - weight
                 if new_bias is not None:
-                    yield self.layer_of(f"{path}.adapters"), new_bias if bias is None else new_bias - bias
+                    yield self.layer_of(path), new_bias if bias is None else new_bias - bias
         for name, base in self.before.items():
             parameter = self.root.get_parameter(name)
-            yield self.layer_of(name), parameter - base.to(parameter.device)
+            yield self.layer_of(name.rpartition(".")[0]), parameter - base.to(parameter.device)
 
 
 def effective_rank(adapter: Any) -> float:
