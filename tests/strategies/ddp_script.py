@@ -119,7 +119,8 @@ def uneven() -> None:
     module, seen = Uneven(), Gradients()
     module.net["unused"] = nn.Linear(6, 6)
     nn.init.ones_(module.net["unused"].weight), nn.init.ones_(module.net["unused"].bias)
-    made(seen, strategy=PEFTDDPStrategy(METHOD)).fit(module, data(4))
+    method = LoRA(r=2, target_modules=(*BLOCKS, "unused"), modules_to_save="head")
+    made(seen, strategy=PEFTDDPStrategy(method)).fit(module, data(4))
     facts["uneven"], facts["uneven gradients"] = values(module), seen.after
     # what this rank would compute by itself, from the same start
     alone = Uneven()
@@ -176,11 +177,19 @@ def errors() -> None:
     facts["adapted norm"] = error_of(lambda: trainer.fit(Normed(), data(4)))
 
 
+class Kind(L.Callback):
+    """What the norm is while training."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.found = type(pl_module.norm).__name__
+
+
 def synced_norm() -> None:
-    trainer = made(strategy=PEFTDDPStrategy(METHOD), sync_batchnorm=True, limit_train_batches=2)
+    kind, wire = Kind(), Wire()
+    trainer = made(kind, wire, strategy=PEFTDDPStrategy(METHOD), sync_batchnorm=True, limit_train_batches=2)
     trainer.fit(module := Normed(), data(4))
-    facts["synced norm"] = values(module)
-    facts["synced norm after"] = type(module.norm).__name__
+    facts["synced norm"], facts["synced norm is a"] = values(module), kind.found
+    facts["synced norm sent"] = wire.sent
 
 
 def torch_ddp() -> None:
