@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, SSF, LoRA, PEFTDDPStrategy, inject
 from tests.strategies.launch import error_of, finish, made, rank, values
-from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Toggle
+from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Normed, Toggle
 from tests.strategies.nets import data as all_data
 
 torch.set_num_threads(1)
@@ -127,17 +127,6 @@ def uneven() -> None:
     inject(alone, METHOD)
     alone.training_step(next(iter(data(4))), 0).backward()
     facts["uneven alone"] = grads(alone)
-
-
-class Normed(Net):
-    """With a BatchNorm that is trained whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
 
 
 def statistics() -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import IA3, PEFT, LoRA, PEFTFederatedStrategy
 from tests.strategies.launch import error_of, finish, made, rank, values
-from tests.strategies.nets import BLOCKS, METHOD, Net, client_data
+from tests.strategies.nets import BLOCKS, METHOD, Net, Normed, client_data
 
 torch.set_num_threads(1)
 facts: dict[str, Any] = {}
@@ -61,6 +61,23 @@ def rounds() -> None:
     run("kept", adam=True, local_steps=2, keep_optimizer_state=True)
     run("lora-fair", local_steps=2, aggregation="lora-fair")
     run("ffa-lora", local_steps=2, aggregation="ffa-lora")
+
+
+def resumed() -> None:
+    path = Path(sys.argv[1]) / "two_rounds.ckpt"
+    for epochs, ckpt_path in ((1, None), (3, path)):
+        torch.manual_seed(0)
+        strategy = PEFTFederatedStrategy(METHOD, local_steps=1, participation=0.5, seed=3)
+        trainer = made(strategy=strategy, max_epochs=epochs, **SHORT)
+        trainer.fit(module := Net(), client_data(rank()), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(path)
+    facts["resumed"] = values(module)
+
+
+def statistics() -> None:
+    strategy = PEFTFederatedStrategy(LoRA(r=2, modules_to_save="norm"))
+    made(strategy=strategy, max_epochs=1, **SHORT).fit(module := Normed(), client_data(rank()))
+    facts["statistics"] = values(module)
 
 
 def saved() -> None:
@@ -138,7 +155,7 @@ def errors() -> None:
 
 
 if __name__ == "__main__":
-    for part in (rounds, saved, own_data, embedding, errors):
+    for part in (rounds, resumed, statistics, saved, own_data, embedding, errors):
         torch.manual_seed(0)
         part()
     finish(facts)

@@ -43,6 +43,17 @@ class Net(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.02) if self.adam else torch.optim.SGD(self.parameters(), lr=0.2)
 
 
+class Normed(Net):
+    """With a BatchNorm that is trained whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
 class Manual(Net):
     """Accumulates two batches by hand."""
 

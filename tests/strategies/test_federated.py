@@ -70,7 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
 by_run = pytest.mark.parametrize("run", RUNS)
 
 
-@pytest.mark.parametrize("run", [*RUNS, "half", "saved"])
+@pytest.mark.parametrize("run", [*RUNS, "half", "saved", "statistics"])
 def test_clients_end_bit_for_bit_equal(run: str, clients: list[dict[str, Any]]) -> None:
     same(clients[0][run], clients[1][run], **EXACT)
 
@@ -115,6 +115,11 @@ def test_the_clients_that_take_part_change_from_round_to_round(clients: list[dic
             found.append(chosen)
     assert len(found) == 1
     assert set(found[0]) == {0, 1}
+
+
+def test_a_run_that_is_resumed_goes_on_with_the_same_draws(clients: list[dict[str, Any]]) -> None:
+    for facts in clients:
+        same(facts["resumed"], clients[0]["half"], **EXACT)
 
 
 def test_with_one_factor_frozen_the_product_is_the_mean_of_the_products(clients: list[dict[str, Any]]) -> None:
