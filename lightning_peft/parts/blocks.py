@@ -1,0 +1,91 @@
+"""The blocks of a model: the repeated parts that it is a stack of."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_peft.engine import TargetError
+from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.slots import base_class, holds_adapters
+from lightning_peft.engine.targets import as_patterns, matches
+
+
+def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who: str = "blocks") -> list[str]:
+    """Names of the blocks of ``model``, in the order in which they are stored.
+
+    Found by themselves are the members of each ``ModuleList`` or ``Sequential`` whose members are all of one class and
+    have layers of their own. Where such a member is but a stage, a list of like blocks in turn (as in ConvNeXt, Swin
+    and ResNet), the inner ones count.
+
+    Args:
+        model: where to look.
+        blocks: path of the list of blocks (``"model.layers"``, or the last parts of it); or several patterns, as in
+            ``target_modules``, that select each a ``ModuleList`` of blocks, or single blocks.
+        who: how errors name the caller.
+
+    Raises:
+        TargetError: there is no module of that path, or no list of blocks is found.
+
+    >>> block = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> find_blocks(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": nn.ModuleList([block(), block()])}))
+    ['layers.0', 'layers.1']
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    names: list[str] = []
+    for pattern in as_patterns(blocks):
+        found = [name for name, module in modules.items() if matches(pattern, name, module)]
+        if not found:
+            raise TargetError(
+                f"{who}: {base_class(model).__name__} has no module {pattern!r}.{nearest(pattern, modules)} Give the "
+                "path of the list that holds the blocks."
+            )
+        lists = (nn.ModuleList, nn.Sequential) if isinstance(blocks, str) and len(found) == 1 else (nn.ModuleList,)
+        for name in found:
+            members = _children(modules[name]) if isinstance(modules[name], lists) else {"": None}
+            names += [_below(name, key) for key in members]
+    if blocks is None:
+        names = _search(model, "")
+    if not names:
+        raise TargetError(
+            f"{who}: no list of like blocks is found in {base_class(model).__name__}. Give its path "
+            "(blocks='net.layers') or the paths of single blocks (blocks=['net.first', 'net.second'])."
+        )
+    return names
+
+
+def _search(module: nn.Module, path: str) -> list[str]:
+    members = _children(module)
+    if not _is_stack(module, at_least=2):
+        return [name for key, child in members.items() for name in _search(child, _below(path, key))]
+    stages = [(key, *stage) for key, child in members.items() if (stage := _stage(child)) is not None]
+    if len(stages) < len(members):
+        return [_below(path, key) for key in members]
+    return [_below(path, key, inner, last) for key, inner, stack in stages for last in _children(stack)]
+
+
+def _stage(block: nn.Module) -> tuple[str, nn.Module] | None:
+    """(name, stack) of the stack that makes up most of ``block``, if there is one; the name is empty for itself."""
+    if _is_stack(block):
+        return "", block
+    size = sum(p.numel() for p in block.parameters())
+    for key, child in _children(block).items():
+        if _is_stack(child) and 2 * sum(p.numel() for p in child.parameters()) > size:
+            return key, child
+    return None
+
+
+def _is_stack(module: nn.Module, at_least: int = 1) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < at_least:
+        return False
+    members = list(module)
+    alike = len({base_class(m) for m in members}) == 1
+    return alike and all(_children(m) and next(m.parameters(), None) is not None for m in members)
+
+
+def _below(*keys: str) -> str:
+    return ".".join(filter(None, keys))
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Direct children by name, without what was injected."""
+    return {key: child for key, child in module.named_children() if not (key == "adapters" and holds_adapters(module))}
