@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, SSF, LoRA, PEFTDDPStrategy, inject
 from tests.strategies.launch import error_of, finish, made, rank, values
-from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Normed, Toggle
+from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Normed, Projections, Toggle, switching
 from tests.strategies.nets import data as all_data
 
 torch.set_num_threads(1)
@@ -104,6 +104,17 @@ def toggled() -> None:
     facts["toggled"], facts["toggled sent"] = values(module), wire.sent
 
 
+def switched() -> None:
+    for name, method in switching().items():
+        torch.manual_seed(0)
+        strategy = PEFTDDPStrategy(method)
+        made(strategy=strategy, max_epochs=3, precision="64-true").fit(module := Projections(), data(4))
+        facts[f"switched by {name}"] = values(module)
+    facts["switched under ddp"] = error_of(
+        lambda: made(PEFT(switching()["lisa"], summary=False), strategy="ddp").fit(Projections(), data(4))
+    )
+
+
 class Uneven(Net):
     """``a`` is used on rank 0 alone, ``b`` on rank 1 alone, ``c`` on both, ``unused`` nowhere."""
 
@@ -190,7 +201,19 @@ def torch_ddp() -> None:
 
 
 if __name__ == "__main__":
-    for part in (plain, resumed, accumulated, manual, toggled, uneven, statistics, synced_norm, torch_ddp, errors):
+    for part in (
+        plain,
+        resumed,
+        accumulated,
+        manual,
+        toggled,
+        switched,
+        uneven,
+        statistics,
+        synced_norm,
+        torch_ddp,
+        errors,
+    ):
         torch.manual_seed(0)
         part()
     finish(facts)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_peft import LoRA, inject
+from lightning_peft.engine import METHODS, Method
 
 BLOCKS = ("a", "b", "c")
 METHOD = LoRA(r=2, target_modules=BLOCKS, modules_to_save="head")
@@ -41,6 +42,24 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.02) if self.adam else torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+class Projections(Net):
+    """With the names that the examples of methods go by."""
+
+    def __init__(self) -> None:
+        super().__init__(adam=True)
+        self.net = nn.ModuleDict({"q_proj": self.net["a"], "v_proj": self.net["b"], "head": self.net["head"]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("q_proj", "v_proj"):
+            x = x + torch.tanh(self.net[name](x))
+        return self.net["head"](x)
+
+
+def switching() -> dict[str, Method]:
+    """An example of each method that changes what trains."""
+    return {name: cls.examples()[0] for name, cls in METHODS.items() if cls.switches}
 
 
 class Normed(Net):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lightning_peft.strategies
-from lightning_peft import AdapterError, LoRA, PEFTDDPStrategy, PEFTFederatedStrategy, inject
+from lightning_peft import PEFT, AdapterError, LoRA, PEFTDDPStrategy, PEFTFederatedStrategy, inject
+from tests.callbacks.nets import trainer
 from tests.strategies.launch import launched
-from tests.strategies.nets import METHOD, Net, by_hand, data, let_train
+from tests.strategies.nets import METHOD, Net, Projections, by_hand, data, let_train, switching
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,22 @@ def test_two_ranks_train_as_one_process_does_on_both_their_batches(run: str, ran
     start = inject(Net(), METHOD).state_dict()
     assert any(not torch.allclose(value, start[key], **ROUNDED) for key, value in expected.items())
     same(ranks[0][run], dict(expected), **ROUNDED)
+
+
+@pytest.mark.parametrize("name", switching())
+def test_methods_that_change_what_trains_do_as_on_one_device(
+    name: str, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, method = Projections(), PEFT(switching()[name], summary=False)
+    trainer(tmp_path, method, max_epochs=3, precision="64-true").fit(module, data(8))
+    for facts in ranks:
+        same(facts[f"switched by {name}"], module.state_dict(), rtol=1e-7, atol=1e-9)
+
+
+def test_plain_ddp_refuses_them(ranks: list[dict[str, Any]]) -> None:
+    for facts in ranks:
+        assert "LISA changes what trains while training" in facts["switched under ddp"]
 
 
 def test_the_same_adapter_as_under_plain_ddp(ranks: list[dict[str, Any]]) -> None:
