@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import IA3, PEFT, LoRA, PEFTFederatedStrategy
 from tests.strategies.launch import error_of, finish, made, rank, values
-from tests.strategies.nets import BLOCKS, METHOD, Net, Normed, client_data
+from tests.strategies.nets import BLOCKS, METHOD, Net, Normed, Toggle, client_data
 
 torch.set_num_threads(1)
 facts: dict[str, Any] = {}
@@ -41,11 +41,11 @@ class Watch(L.Callback):
         dist.all_reduce = self.own
 
 
-def run(name: str, adam: bool = False, epochs: int = 2, **arguments: Any) -> Watch:
+def run(name: str, *callbacks: L.Callback, adam: bool = False, epochs: int = 2, **arguments: Any) -> Watch:
     torch.manual_seed(0)
     module, watch = Net(adam), Watch()
     strategy = PEFTFederatedStrategy(METHOD, **arguments)
-    made(watch, strategy=strategy, max_epochs=epochs, **SHORT).fit(module, client_data(rank()))
+    made(watch, *callbacks, strategy=strategy, max_epochs=epochs, **SHORT).fit(module, client_data(rank()))
     facts[name] = values(module)
     facts[f"{name} trains again"] = all(p.requires_grad for n, p in module.named_parameters() if "lora" in n)
     return watch
@@ -55,6 +55,7 @@ def rounds() -> None:
     watch = run("fedavg", local_steps=2)
     facts["fedavg states"], facts["gradients reduced"] = watch.states, watch.reduced
     run("partial", local_steps=3)
+    run("toggled", Toggle(), local_steps=2)
     run("weighted", local_steps=2, sample_weights=(3.0, 1.0))
     run("half", local_steps=1, epochs=3, participation=0.5, seed=3)
     run("reset", adam=True, local_steps=2)

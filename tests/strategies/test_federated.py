@@ -70,7 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
 by_run = pytest.mark.parametrize("run", RUNS)
 
 
-@pytest.mark.parametrize("run", [*RUNS, "half", "saved", "statistics"])
+@pytest.mark.parametrize("run", [*RUNS, "half", "saved", "statistics", "toggled"])
 def test_clients_end_bit_for_bit_equal(run: str, clients: list[dict[str, Any]]) -> None:
     same(clients[0][run], clients[1][run], **EXACT)
 
