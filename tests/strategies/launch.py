@@ -20,16 +20,22 @@ def launched(script: str, folder: Path, processes: int = 2) -> list[dict[str, An
     """The facts of each rank; ``script`` lies beside this file and calls `finish` at its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    run = subprocess.run(
+    run = subprocess.Popen(
         [*command, str(Path(__file__).with_name(script)), str(folder)],
         env=environment,
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
+    try:
+        output, _ = run.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        run.terminate()  # it ends those that wait for each other; killing it would leave them behind
+        run.communicate()
+        raise
     if run.returncode:
-        raise RuntimeError(f"{script} failed:\n{run.stdout}\n{run.stderr}")
+        raise RuntimeError(f"{script} failed:\n{output}")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 

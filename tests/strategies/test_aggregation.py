@@ -28,9 +28,9 @@ def test_the_weighted_mean_is_the_formula(clients: tuple[Tensor, Tensor, Tensor]
 
 
 def test_half_precision_is_averaged_in_single() -> None:
-    many = torch.full((1000,), 1.0, dtype=torch.bfloat16)
-    assert weighted_mean(many, torch.full((1000,), 1e-3)).item() == 1.0
-    assert weighted_mean(many, torch.full((1000,), 1e-3)).dtype == torch.bfloat16
+    opposite = torch.tensor([256.0, -256.0], dtype=torch.bfloat16)
+    found = weighted_mean(opposite, torch.tensor([0.501, 0.499]))  # both are 0.5 in bfloat16
+    torch.testing.assert_close(found, torch.tensor(0.512, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("ridge", [0.01, 3.0])
