@@ -87,6 +87,8 @@ def test_public_names_are_these() -> None:
     assert sorted(public - {cls.__name__ for cls in METHODS.values()}) == [
         "AdapterError",
         "PEFT",
+        "PEFTDDPStrategy",
+        "PEFTFederatedStrategy",
         "disabled",
         "get_method",
         "inject",

@@ -1,0 +1,10 @@
+"""Strategies: methods on several processes. Importing this makes them known to ``Trainer(strategy=...)`` by name."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from .ddp import PEFTDDPStrategy as PEFTDDPStrategy
+from .federated import PEFTFederatedStrategy as PEFTFederatedStrategy
+from .injecting import InjectingStrategy as InjectingStrategy
+
+StrategyRegistry.register("peft_ddp", PEFTDDPStrategy, description="data parallel, adapters alone", override=True)
+StrategyRegistry.register("peft_federated", PEFTFederatedStrategy, description="ranks are clients", override=True)
