@@ -8,7 +8,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import checkpoint_size, ddp_step, forward_backward, import_time, injection_time
+from benchmarks import (
+    callback_overhead,
+    checkpoint_size,
+    ddp_step,
+    forward_backward,
+    import_time,
+    injection_time,
+    sampling_memory,
+)
 from benchmarks.row import Row
 
 
@@ -24,9 +32,9 @@ def hardware() -> str:
 
 def main() -> None:
     """Measure, and print as the table that is kept in benchmarks/README.md."""
-    rows: list[Row] = []
-    for benchmark in (import_time, injection_time, forward_backward, checkpoint_size, ddp_step):
-        rows += benchmark.run()
+    small = (import_time, injection_time, forward_backward, callback_overhead)
+    large = (checkpoint_size, sampling_memory, ddp_step)
+    rows: list[Row] = [row for benchmark in (*small, *large) for row in benchmark.run()]
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):
         table.add_column(column, justify="left" if column == "What" else "right")

@@ -32,15 +32,15 @@ class WithHFPEFT(CausalLM):
         self.model = peft.get_peft_model(self.model, peft.LoraConfig(r=8, target_modules="all-linear"))
 
 
-def trained(folder: str, module: L.LightningModule, *callbacks: L.Callback) -> L.Trainer:
-    """A Trainer that has taken one step with ``module``."""
+def trained(folder: str, module: L.LightningModule, *callbacks: L.Callback, max_steps: int = 1) -> L.Trainer:
+    """A Trainer that has taken ``max_steps`` with ``module``."""
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    steps = {"max_steps": 1, "limit_val_batches": 0, "accelerator": "cpu"}
+    steps = {"max_steps": max_steps, "limit_val_batches": 0, "accelerator": "cpu"}
     trainer = L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **steps, **quiet)  # type: ignore[arg-type]
     trainer.fit(module, SourceCodeData(package="asyncio", seq_len=16, batch_size=1, max_bytes=20_000))
     return trainer

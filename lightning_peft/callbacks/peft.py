@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import lightning as L
-import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_peft.callbacks import checkpoints
+from lightning_peft.callbacks import checkpoints, checks
 from lightning_peft.callbacks.activation_checkpointing import inputs_require_grad
 from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -32,7 +28,7 @@ from lightning_peft.callbacks.instance_hooks import after, around, unwrap, withi
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.optimizer_state import restore_by_name
 from lightning_peft.callbacks.probe import batch_loss
-from lightning_peft.callbacks.resuming import State, go_on, random_state
+from lightning_peft.callbacks.resuming import Place
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.callbacks.telemetry import PREFIX, Telemetry
 from lightning_peft.engine import (
@@ -46,7 +42,6 @@ from lightning_peft.engine import (
     notify,
 )
 from lightning_peft.engine.inject import has_record, record_of
-from lightning_peft.engine.slots import base_parameters
 from lightning_peft.engine.training import Event
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
@@ -103,8 +98,7 @@ class PEFT(L.Callback):
         self._to_load: str | None = None
         self._resuming: dict[str, Any] = {}  # the checkpoint, between its loading and the start of training
         self._while_training = ExitStack()
-        self._random: dict[str, State] = {}  # before the data of the epoch; and, from a checkpoint, "now"
-        self._before_data: State | None = None  # the same, while the epoch has not begun
+        self._place = Place()
         self._told: int | None = None  # the step whose beginning the methods know of
         self._stepped: set[int] = set()  # ids of the optimizers whose gradients were looked at
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
@@ -115,12 +109,12 @@ class PEFT(L.Callback):
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Random numbers, for a run that goes on; everything else is with the model."""
-        return {"random": {**self._random, "now": random_state()}} if self._random else {}
+        """The place of the run; everything else is with the model."""
+        return {"place": self._place.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse."""
-        self._random = state_dict.get("random", {})
+        self._place.load_state_dict(state_dict.get("place", {}))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Inject now or as soon as the model is built; make checkpoints hold the adapter alone."""
@@ -130,16 +124,8 @@ class PEFT(L.Callback):
                 f"the Trainer has {len(twins)} PEFT callbacks for the adapter {self.name!r}. Keep one, or give each a "
                 "name of its own: PEFT(method, name='second')."
             )
-        _check_trainer(trainer, pl_module)
-        before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
-        averaging = [c for c in before if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if averaging:
-            name = type(averaging[0]).__name__
-            raise AdapterError(
-                f"{name} comes before PEFT, so it would average a model without adapters. Put PEFT first: "
-                f"callbacks=[PEFT(...), {name}(...)]."
-            )
-        _check_no_finetuning(trainer)
+        checks.check_trainer(trainer, pl_module)
+        checks.check_callbacks(trainer, self)
         self._set_up_checkpoints(trainer, pl_module)
         root = adapted_root(pl_module)
         trained_already = has_record(root) and self.name in record_of(root).injections
@@ -167,9 +153,9 @@ class PEFT(L.Callback):
                 f"no parameter of {type(pl_module).__name__} requires gradients: something froze the adapters after "
                 "they were injected. Freeze before fit, or let PEFT do it."
             )
-        _check_optimizers(trainer, pl_module)
-        _check_switching(trainer, self.methods)
-        _check_precision(pl_module)
+        checks.check_optimizers(trainer, pl_module)
+        checks.check_switching(trainer, self.methods)
+        checks.check_precision(pl_module)
         average_what_trains(trainer, pl_module)
         self._restore_optimizers_by_name(trainer, pl_module)
         for optimizer in trainer.optimizers:
@@ -178,7 +164,8 @@ class PEFT(L.Callback):
                 lambda *_: self._notify("on_after_optimizer_step", trainer, pl_module)
             )
             self._while_training.enter_context(stepped)
-        self._told, self._before_data = None, random_state()
+        self._told = None
+        self._place.on_fit_start()
         self._stepped.clear()
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -191,13 +178,11 @@ class PEFT(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on where a checkpoint was written."""
         self._set_modes(adapted_root(pl_module))
-        if "now" in self._random:
-            now = self._random.pop("now")
-            self._before_data = None if go_on(trainer, self._random["epoch"], now) else now
+        self._place.on_train_start(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
-        self._random["epoch"], self._before_data = self._before_data or random_state(), None
+        self._place.on_train_epoch_start()
         self._set_modes(adapted_root(pl_module))
 
     def _set_modes(self, root: nn.Module) -> None:
@@ -220,7 +205,7 @@ class PEFT(L.Callback):
         """Tell the methods that the gradients of a step are complete."""
         if id(optimizer) not in self._stepped:
             self._stepped.add(id(optimizer))
-            _check_gradients(adapted_root(pl_module), optimizer)
+            checks.check_gradients(adapted_root(pl_module), optimizer)
         self._notify("on_before_optimizer_step", trainer, pl_module)
         self._log_telemetry(trainer, pl_module)
 
@@ -355,32 +340,6 @@ class PEFT(L.Callback):
                 del module_class.on_load_checkpoint
 
 
-def _check_trainer(trainer: Any, module: nn.Module) -> None:
-    """Refuse what would leave the user's module without adapters, with no other sign of it."""
-    if not isinstance(trainer, Trainer):
-        package = type(trainer).__module__.partition(".")[0]
-        raise AdapterError(
-            f"this callback belongs to the package lightning, the Trainer to {package}, which has classes of its own. "
-            "Import both from one: import lightning as L."
-        )
-    start = getattr(trainer.strategy.launcher, "_start_method", None)
-    if start is not None and not has_record(adapted_root(module)):
-        raise AdapterError(
-            f"the strategy starts its processes by {start}, and what is injected there does not come back. Inject "
-            "before fit: inject(module, method), with the method that PEFT is given; or use strategy='ddp'."
-        )
-
-
-def _check_no_finetuning(trainer: Any) -> None:
-    """Refuse callbacks that unfreeze the base while training goes on: no copy of it would be kept."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, BaseFinetuning):
-            raise AdapterError(
-                f"{type(callback).__name__} unfreezes the base that PEFT keeps frozen. Take one of them out of the "
-                "callbacks; parts of the base that are to be trained whole are named in modules_to_save."
-            )
-
-
 def _named(method: Method | Sequence[Method] | str | None, name: str, init_from: str | None) -> dict[str, Method]:
     if method is None:
         if init_from is None:
@@ -404,55 +363,3 @@ def _named(method: Method | Sequence[Method] | str | None, name: str, init_from:
 
 def _called_by_trainer(module: nn.Module) -> bool:
     return getattr(module, "_current_fx_name", None) == "configure_model"
-
-
-def _check_switching(trainer: L.Trainer, methods: dict[str, Method]) -> None:
-    """What begins to train after it was wrapped would not be averaged over devices, with no sign of it."""
-    switching = [type(method).__name__ for method in methods.values() if method.switches]
-    if switching and isinstance(trainer.strategy.model, DistributedDataParallel):
-        raise AdapterError(
-            f"{switching[0]} changes what trains while training, which DistributedDataParallel does not follow. Use "
-            "Trainer(strategy='peft_ddp')."
-        )
-
-
-def _check_gradients(root: nn.Module, optimizer: Optimizer) -> None:
-    """Before its first step: warn of what an optimizer should train but got no gradient for."""
-    idle = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.grad is None}
-    of_adapters = [(f"{path} ({type(a).__name__})", list(a.parameters())) for path, _, a in adapters_of(root)]
-    adapters = [name for name, own in of_adapters if own and all(id(p) in idle for p in own)]
-    in_place = [name for name, p in base_parameters(root).items() if id(p) in idle]
-    if adapters:
-        rank_zero_warn(
-            f"{len(adapters)} adapters got no gradient in the first step: {', '.join(adapters[:3])}, ... Either "
-            "their layers were not used in this batch, or their weights are read in a way that hides it (a helper "
-            "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
-            "with exclude_modules, or let the model call them."
-        )
-    if in_place:
-        rank_zero_warn(
-            f"{len(in_place)} parameters that are trained in place got no gradient in the first step: "
-            f"{', '.join(in_place[:3])}, ... Their layers were not used in this batch, or the loss does not depend "
-            "on them. Leave them out with exclude_modules or modules_to_save."
-        )
-
-
-def _check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-    if trainer.optimizers and missing:
-        raise AdapterError(
-            f"{len(missing)} parameters are to be trained but are in no optimizer: {', '.join(missing[:3])}, ... "
-            "Make the optimizer in configure_optimizers, from self.parameters() or those that require gradients."
-        )
-
-
-def _check_precision(module: nn.Module) -> None:
-    """Refuse to train in float16: with Adam such parameters are NaN after a few steps."""
-    half = [name for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half:
-        raise AdapterError(
-            f"{len(half)} parameters of the base are to be trained in float16: {', '.join(half[:3])}, ... They would "
-            "become NaN within a few steps (adapters would not: they stay in float32). Use precision='bf16-true', or "
-            "'16-mixed' on a GPU, or train adapters alone."
-        )

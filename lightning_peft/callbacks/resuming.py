@@ -33,7 +33,38 @@ def set_random_state(state: State) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-def go_on(trainer: L.Trainer, before_data: State, now: State) -> int:
+class Place:
+    """Where a run is in its data and in its random numbers; told by the callback, under the names of its events."""
+
+    def __init__(self) -> None:
+        self.before_data: State | None = None  # of the epoch that has begun
+        self._before_next: State | None = None  # of the epoch that will begin
+        self._stored: State | None = None  # the state at the time of saving, of a run that goes on
+
+    def state_dict(self) -> dict[str, State]:
+        """Both states; nothing before the first epoch has begun."""
+        return {} if self.before_data is None else {"before_data": self.before_data, "now": random_state()}
+
+    def load_state_dict(self, state: dict[str, State]) -> None:
+        """The inverse."""
+        self.before_data, self._stored = state.get("before_data"), state.get("now")
+
+    def on_fit_start(self) -> None:
+        """The data of the first epoch is set up next."""
+        self._before_next = random_state()
+
+    def on_train_start(self, trainer: L.Trainer) -> None:
+        """Go on, if there was a checkpoint."""
+        if self._stored is not None and self.before_data is not None:
+            begun = _pass_over(trainer, self.before_data, self._stored)
+            self._before_next, self._stored = None if begun else self._stored, None
+
+    def on_train_epoch_start(self) -> None:
+        """Not called for the rest of an epoch in which a run goes on."""
+        self.before_data, self._before_next = self._before_next or random_state(), None
+
+
+def _pass_over(trainer: L.Trainer, before_data: State, now: State) -> int:
     """Before the epoch in which a run goes on: pass over the batches that were trained on before; return how many.
 
     Data that keeps a state of its own (a loader, or a datamodule, with ``state_dict``) is left to itself. With several
