@@ -1,0 +1,3 @@
+"""Strategies: methods on several processes."""
+
+from .injecting import InjectingStrategy as InjectingStrategy
