@@ -87,6 +87,7 @@ def test_public_names_are_these() -> None:
     assert sorted(public - {cls.__name__ for cls in METHODS.values()}) == [
         "AdapterError",
         "PEFT",
+        "PEFTDDPStrategy",
         "disabled",
         "get_method",
         "inject",

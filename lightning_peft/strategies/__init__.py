@@ -1,3 +1,8 @@
-"""Strategies: methods on several processes."""
+"""Strategies: methods on several processes. Importing this makes them known to ``Trainer(strategy=...)`` by name."""
 
+from lightning.pytorch.strategies import StrategyRegistry
+
+from .ddp import PEFTDDPStrategy as PEFTDDPStrategy
 from .injecting import InjectingStrategy as InjectingStrategy
+
+StrategyRegistry.register("peft_ddp", PEFTDDPStrategy, description="data parallel, adapters alone", override=True)

@@ -1,0 +1,174 @@
+"""peft_ddp on two processes: the same training as in one, and nothing sent but what trains."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft import AdapterError, LoRA, PEFTDDPStrategy, inject
+from tests.strategies.launch import launched
+from tests.strategies.nets import METHOD, Net, by_hand, data, let_train
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes saw: one launch for all tests."""
+    return launched("ddp_script.py", tmp_path_factory.mktemp("ddp"))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+
+
+EXACT = {"rtol": 0, "atol": 0}
+ROUNDED = {"rtol": 1e-4, "atol": 2e-6}  # a mean of two means is rounded in another order
+RUNS = [
+    "plain", "accumulated", "manual", "toggled", "uneven", "statistics", "full fine-tuning", "synced norm", "peft_ddp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_ranks_end_bit_for_bit_equal(run: str, ranks: list[dict[str, Any]]) -> None:
+    same(ranks[0][run], ranks[1][run], **EXACT)
+
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "plain": {"batch_size": 8, "clip": 0.5},
+    "accumulated": {"batch_size": 8},
+    "manual": {"batch_size": 8},
+    "toggled": {"batch_size": 8, "epochs": 2, "adam": True, "before": let_train},
+}
+
+
+@pytest.mark.parametrize("run", REFERENCES)
+def test_two_ranks_train_as_one_process_does_on_both_their_batches(run: str, ranks: list[dict[str, Any]]) -> None:
+    expected = by_hand(**REFERENCES[run])
+    start = inject(Net(), METHOD).state_dict()
+    assert any(not torch.allclose(value, start[key], **ROUNDED) for key, value in expected.items())
+    same(ranks[0][run], dict(expected), **ROUNDED)
+
+
+def test_the_same_adapter_as_under_plain_ddp(ranks: list[dict[str, Any]]) -> None:
+    same(ranks[0]["peft_ddp"], ranks[0]["ddp"], **ROUNDED)
+
+
+def test_one_message_a_step_with_the_gradients_of_what_trains_and_their_flags(ranks: list[dict[str, Any]]) -> None:
+    for facts in ranks:
+        assert facts["sent"] == 3 * [facts["trained bytes"] + 4 * (facts["parameters that train"] + 16)]
+        assert facts["wrapped"] == "Net"
+
+
+def test_what_is_frozen_at_a_step_is_not_sent(ranks: list[dict[str, Any]]) -> None:
+    adapter = 2 * (2 * 6) * 4
+    whole = 3 * adapter + 21 * 4
+    assert ranks[0]["toggled sent"] == 6 * [whole - adapter + 4 * (6 + 16)]
+
+
+@pytest.mark.parametrize("run", ["accumulated", "manual"])
+def test_nothing_is_sent_before_the_last_batch_of_an_accumulation_window(run: str, ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0][f"{run} calls"] == 3  # of 6 batches
+
+
+def test_hooks_see_the_mean_gradient_before_it_is_clipped(ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    module = inject(Net(), METHOD)
+    F.mse_loss(module(next(iter(data(8)))[0]), next(iter(data(8)))[1]).backward()
+    expected = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert torch.stack([g.norm() for g in expected.values()]).norm() > 0.5
+    for seen in (*ranks[0]["gradients"], *ranks[1]["gradients"]):
+        same(seen, expected, **ROUNDED)
+
+
+def test_a_gradient_that_one_rank_lacks_counts_as_zero_there(ranks: list[dict[str, Any]]) -> None:
+    alone = [facts["uneven alone"] for facts in ranks]
+    names = alone[0].keys() | alone[1].keys()
+    assert len(names - alone[0].keys()) == len(names - alone[1].keys()) == 2
+    zero = torch.zeros(())
+    expected = {name: (alone[0].get(name, zero) + alone[1].get(name, zero)) / 2 for name in names}
+    for facts in ranks:
+        same(facts["uneven gradients"], expected, **ROUNDED)
+
+
+def test_running_statistics_of_a_norm_that_trains_are_averaged(ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    module = inject(Net(), LoRA(r=2))
+    x = next(iter(data(8)))[0]
+    halves = [module(x[rank::2]).detach() for rank in (0, 1)]
+    mean = sum(0.1 * half.mean(0) for half in halves) / 2
+    var = sum(0.9 + 0.1 * half.var(0) for half in halves) / 2
+    torch.testing.assert_close(ranks[0]["statistics"]["running_mean"], mean, **ROUNDED)
+    torch.testing.assert_close(ranks[0]["statistics"]["running_var"], var, **ROUNDED)
+
+
+def test_a_run_resumes_tests_and_predicts(ranks: list[dict[str, Any]]) -> None:
+    for facts in ranks:
+        assert facts["resumed steps"] == 6
+        assert facts["predicted"] == 3
+    assert ranks[0]["tested"] == ranks[1]["tested"]
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("other base", r"rank 1 differs from rank 0 in 1 of \d+ tensors: net.b.weight \(values\).*seed_everything"),
+        ("other base in test", r"net.b.weight \(values\)"),
+        ("other method", r"in 9 of \d+ tensors: net.a.adapters.default.lora_A \(shape\), .*, \.\.\."),
+        ("other seed", r"in 3 of \d+ tensors: net.a.adapters.default.lora_A \(values\)"),
+        ("other parameters", "other parameters train on rank . than on another rank"),
+        ("nothing injected", r"nothing was injected into Net. .*PEFTDDPStrategy\(method=LoRA\(r=8\)\)"),
+        ("adapted norm", "sync_batchnorm replaces 1 BatchNorm layers that have an adapter, among them 'norm'"),
+    ],
+)
+def test_what_would_go_wrong_silently_is_an_error_on_all_ranks(
+    case: str, text: str, ranks: list[dict[str, Any]]
+) -> None:
+    for facts in ranks:
+        assert re.search(text, facts[case]), facts[case]
+
+
+def test_an_error_changes_no_value_of_the_base(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["base is untouched"]
+
+
+def test_sync_batchnorm_keeps_working_for_a_norm_without_adapter(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["synced norm after"] == "BatchNorm1d" or ranks[0]["synced norm after"].startswith("_BatchNorm")
+
+
+def test_known_by_name_and_registered_twice_without_harm() -> None:
+    import importlib
+
+    import lightning_peft.strategies
+
+    importlib.reload(lightning_peft.strategies)
+    assert isinstance(StrategyRegistry.get("peft_ddp"), lightning_peft.strategies.PEFTDDPStrategy)
+
+
+@pytest.mark.parametrize("argument", ["find_unused_parameters", "static_graph", "ddp_comm_hook", "bucket_cap_mb"])
+def test_arguments_of_the_wrapper_are_refused(argument: str) -> None:
+    with pytest.raises(AdapterError, match=f"PEFTDDPStrategy has no argument '{argument}'.*leave it out"):
+        PEFTDDPStrategy(**{argument: True})
+
+
+def test_messages_are_cut_by_dtype_and_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lightning_peft.strategies import ranks as here
+
+    sent: list[Tensor] = []
+    monkeypatch.setattr(here.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(here.dist, "all_reduce", lambda t: sent.append(t.clone()) or t.mul_(2))
+    tensors = [torch.randn(3, 5).T, torch.randn(7), torch.randn(2, dtype=torch.bfloat16), torch.randn(11)]
+    before = [t.clone() for t in tensors]
+    here.average(tensors, cap_bytes=100)
+    assert [(t.numel(), t.dtype) for t in sent] == [
+        (15 + 7, torch.float32),
+        (11, torch.float32),
+        (2, torch.bfloat16),
+    ]
+    for one, other in zip(tensors, before, strict=True):
+        assert torch.equal(one, other)
