@@ -15,5 +15,6 @@ from lightning_peft.interop import load_adapter as load_adapter
 from lightning_peft.interop import save_adapter as save_adapter
 from lightning_peft.methods import *  # noqa: F403
 from lightning_peft.strategies import PEFTDDPStrategy as PEFTDDPStrategy
+from lightning_peft.strategies import PEFTFSDPStrategy as PEFTFSDPStrategy
 
 __version__ = "0.1.0"

@@ -88,6 +88,7 @@ def test_public_names_are_these() -> None:
         "AdapterError",
         "PEFT",
         "PEFTDDPStrategy",
+        "PEFTFSDPStrategy",
         "disabled",
         "get_method",
         "inject",

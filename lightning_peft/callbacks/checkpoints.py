@@ -80,10 +80,11 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     root = adapted_root(module)
     prefix, record = prefix_of(module, root), record_of(root)
+    state = module.state_dict(keep_vars=True)  # first: a model that shards itself puts its shards in place here
     trained = {id(root.get_parameter(name)) for i in record.injections.values() for name in i.in_place}
     frozen = {id(p) for p in base_parameters(root).values() if not p.requires_grad} - trained
     base: dict[str, Tensor] = {}
-    for key, value in module.state_dict(keep_vars=True).items():
+    for key, value in state.items():
         before = record.buffers.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if id(value) in frozen or (before is not None and torch.equal(value, before.to(value.device))):
             base[key] = value.detach()

@@ -14,16 +14,17 @@ import lightning as L
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks import checkpoints
 from lightning_peft.callbacks.instance_hooks import after, around, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
+from lightning_peft.callbacks.sharding import check_mesh, check_sharding
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of, get_method, inject
 from lightning_peft.engine.inject import has_record, record_of
-from lightning_peft.engine.slots import base_parameters
+from lightning_peft.engine.slots import base_parameters, is_sharded
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
 
@@ -82,6 +83,7 @@ class PEFT(L.Callback):
                 "name of its own: PEFT(method, name='second')."
             )
         _check_trainer(trainer, pl_module)
+        check_mesh(trainer.strategy)
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         averaging = [c for c in before if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging:
@@ -112,6 +114,7 @@ class PEFT(L.Callback):
                 f"no parameter of {type(pl_module).__name__} requires gradients: something froze the adapters after "
                 "they were injected. Freeze before fit, or let PEFT do it."
             )
+        check_sharding(trainer.strategy, pl_module)
         _check_optimizers(trainer, pl_module)
         for optimizer in trainer.optimizers:
             scale_in_step(optimizer)
@@ -163,10 +166,9 @@ class PEFT(L.Callback):
         """Write the adapter folder, if one was asked for; give the modes back."""
         while self._held:
             self._held.pop().train()
-        if self.save_to is not None:
+        if self.save_to is not None and (trainer.is_global_zero or is_sharded(pl_module)):
             self._save(pl_module, Path(self.save_to))
 
-    @rank_zero_only
     def _save(self, module: nn.Module, folder: Path) -> None:
         for name in self.methods:
             save_adapter(module, folder / name if len(self.methods) > 1 else folder, name)

@@ -3,6 +3,8 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from .ddp import PEFTDDPStrategy as PEFTDDPStrategy
+from .fsdp import PEFTFSDPStrategy as PEFTFSDPStrategy
 from .injecting import InjectingStrategy as InjectingStrategy
 
 StrategyRegistry.register("peft_ddp", PEFTDDPStrategy, description="data parallel, adapters alone", override=True)
+StrategyRegistry.register("peft_fsdp", PEFTFSDPStrategy, description="base sharded, adapters whole", override=True)
