@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFT, DoRA, LoRA, PEFTFSDPStrategy, inject
+from lightning_peft import PEFT, DoRA, LoRA, PEFTFSDPStrategy, disabled, inject
 from tests.strategies.blocks import METHOD, ByTurns, Net, adapters_by_turns, blocks_by_turns
 from tests.strategies.launch import error_of, finish, made, rank
 from tests.strategies.nets import data as all_data
@@ -96,6 +96,8 @@ def plain() -> None:
     gathered.save(trainer, folder / "plain.ckpt")
     facts["gathered"] = gathered.count
     facts["overridden"] = "configure_model" in vars(module)
+    with disabled(module):
+        facts["disabled"] = whole(module)
 
 
 def resumed() -> None:

@@ -155,6 +155,12 @@ def test_the_adapter_folder_is_written_once_and_whole(ranks: list[dict[str, Any]
     same(load_adapter(Net(), folder / "adapter").state_dict(), ranks[0]["saved"], **EXACT)
 
 
+def test_disabled_gives_back_the_base_of_what_is_trained_in_place(ranks: list[dict[str, Any]]) -> None:
+    base = Net().state_dict()
+    same({name: ranks[0]["disabled"][name] for name in base}, dict(base), **EXACT)
+    assert not torch.equal(ranks[0]["plain"]["head.weight"], base["head.weight"])
+
+
 def test_a_module_without_configure_model_stays_without(ranks: list[dict[str, Any]]) -> None:
     assert not ranks[0]["overridden"]
 
