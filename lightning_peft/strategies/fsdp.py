@@ -5,6 +5,7 @@ shards, in their own precision, and their gradients are averaged after the last 
 the base trains in place (a head, sampled blocks) is sharded like the rest of it, and torch averages its gradients.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -122,6 +123,10 @@ class PEFTFSDPStrategy(AveragingStrategy, InjectingStrategy, ModelParallelStrate
         with _configured(module):
             super().setup(trainer)
 
+    def on_validation_end(self) -> None:
+        """Methods that choose what trains at a step choose among the shards."""
+        _reshard(self.lightning_module)  # type: ignore[arg-type]
+
     def _shard(self, module: nn.Module, root: nn.Module) -> None:
         adapters = {p for _, _, adapter in adapters_of(root) for p in adapter.parameters()}
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "ignored_params": adapters}
@@ -133,6 +138,8 @@ class PEFTFSDPStrategy(AveragingStrategy, InjectingStrategy, ModelParallelStrate
         for step in _STEPS:  # Lightning calls these, and not the forward of the module
             if is_overridden(step, module):
                 register_fsdp_forward_method(module, step)
+                function: Any = getattr(module, step).__func__
+                function.__signature__ = inspect.signature(getattr(type(module), step))  # torch's lacks one argument
 
     def _found_blocks(self, root: nn.Module) -> list[str]:
         try:

@@ -1,5 +1,6 @@
 """What each of two processes sees under peft_fsdp; the assertions are in test_fsdp.py."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
@@ -95,6 +96,7 @@ def plain() -> None:
     gathered = Gathered()
     gathered.save(trainer, folder / "plain.ckpt")
     facts["gathered"] = gathered.count
+    facts["signature"] = str(inspect.signature(module.training_step))
     facts["overridden"] = "configure_model" in vars(module)
     with disabled(module):
         facts["disabled"] = whole(module)
@@ -168,6 +170,39 @@ def sharded_by_itself() -> None:
     facts["dora late"], facts["dora early"] = whole(late), whole(early)
 
 
+class KeptTogether(Net):
+    """Shards itself so that blocks stay whole after a forward, until there is a backward."""
+
+    def configure_model(self) -> None:
+        if isinstance(self, FSDPModule):
+            return
+        for module in (*self.blocks, self):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+        for step in ("training_step", "validation_step"):
+            register_fsdp_forward_method(self, step)
+
+
+class SaveAfterValidation(L.Callback):
+    """As ModelCheckpoint does."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        facts["whole after validation"] = not isinstance(pl_module.blocks[0].up.weight, DTensor)
+        trainer.save_checkpoint(folder / "in_validation.ckpt")
+
+
+def kept_together() -> None:
+    each_step = {"val_check_interval": 1, "num_sanity_val_steps": 0}
+    trainer = made(SaveAfterValidation(), strategy=PEFTFSDPStrategy(METHOD), **each_step)
+    trainer.fit(KeptTogether(), data(), data())
+    trainer = made(ByTurns(blocks_by_turns), strategy=PEFTFSDPStrategy("fullfinetuning"), **each_step)
+    trainer.fit(module := KeptTogether(), data(), data())
+    facts["base by turns, validated"] = whole(module)
+    trainer.validate(module, data(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, data(), data())
+    facts["base by turns, again"] = whole(module)
+
+
 def other_trainings() -> None:
     module = Net()
     made(strategy=PEFTFSDPStrategy(METHOD), accumulate_grad_batches=2).fit(module, data(2))
@@ -232,7 +267,8 @@ def errors() -> None:
 
 
 if __name__ == "__main__":
-    for part in (plain, resumed, from_one_device, in_shares, sharded_by_itself, other_trainings, saved, errors):
+    parts = (plain, resumed, from_one_device, in_shares, sharded_by_itself, kept_together, other_trainings, saved)
+    for part in (*parts, errors):
         torch.manual_seed(0)
         part()
     finish(facts)

@@ -1,5 +1,6 @@
 """peft_fsdp on two processes: the same training as in one, with half of the base on each."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "accumulated": {},
     "by turns": {"adam": True, "epochs": 2, "before": adapters_by_turns},
     "base by turns": {"method": FULL, "before": blocks_by_turns},
+    "base by turns, validated": {"method": FULL, "before": blocks_by_turns},
+    "base by turns, again": {"method": FULL, "before": blocks_by_turns, "epochs": 2},
     "dora early": {"method": DoRA(r=2, target_modules=("up",)), "batches": 1},
     "dora late": {"method": DoRA(r=2, target_modules=("up",)), "batches": 1},
 }
@@ -146,6 +149,9 @@ def test_a_checkpoint_after_validation_holds_no_base_and_loads_for_a_test(
     saved = torch.load(folder / "validated.ckpt", weights_only=True)["state_dict"]
     assert all("adapters" in name or name.startswith("head") for name in saved)
     same(ranks[0]["tested again"], ranks[0]["resumed"], **EXACT)
+    saved = torch.load(folder / "in_validation.ckpt", weights_only=True)["state_dict"]
+    assert ranks[0]["whole after validation"]
+    assert all("adapters" in name or name.startswith("head") for name in saved)
     assert ranks[0]["tested"] == ranks[1]["tested"]
     assert ranks[0]["predicted"] == 3
 
@@ -163,6 +169,7 @@ def test_disabled_gives_back_the_base_of_what_is_trained_in_place(ranks: list[di
 
 def test_a_module_without_configure_model_stays_without(ranks: list[dict[str, Any]]) -> None:
     assert not ranks[0]["overridden"]
+    assert ranks[0]["signature"] == str(inspect.signature(Net().training_step))  # Lightning reads it
 
 
 def test_adapters_injected_before_the_user_shards_are_sharded_too(ranks: list[dict[str, Any]]) -> None:
