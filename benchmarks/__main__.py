@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import checkpoint_size, forward_backward, import_time, injection_time
+from benchmarks import checkpoint_size, ddp_step, forward_backward, import_time, injection_time
 from benchmarks.row import Row
 
 
@@ -25,7 +25,7 @@ def hardware() -> str:
 def main() -> None:
     """Measure, and print as the table that is kept in benchmarks/README.md."""
     rows: list[Row] = []
-    for benchmark in (import_time, injection_time, forward_backward, checkpoint_size):
+    for benchmark in (import_time, injection_time, forward_backward, checkpoint_size, ddp_step):
         rows += benchmark.run()
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):

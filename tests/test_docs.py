@@ -59,7 +59,8 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     before = dict(METHODS)
     # the code of a page is a module, as dataclasses and pickle expect
     page = ModuleType("pages.example")
-    monkeypatch.setitem(sys.modules, page.__name__, page)
+    # they stay: whoever looks through all subclasses later must find the modules of those that pages define
+    sys.modules.update({"pages": ModuleType("pages"), page.__name__: page})
     vars(page).update(Net=Net, module=Net(), data=DataLoader(TensorDataset(torch.randn(16, 8)), batch_size=4))
     yield vars(page)
     METHODS.clear()

@@ -89,6 +89,7 @@ def test_public_names_are_these() -> None:
         "PEFT",
         "PEFTDDPStrategy",
         "PEFTFSDPStrategy",
+        "PEFTFederatedStrategy",
         "PEFTOffloadStrategy",
         "disabled",
         "get_method",

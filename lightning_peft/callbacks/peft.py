@@ -6,7 +6,9 @@ checkpoint restored, strategy set up (``configure_optimizers``), ``on_fit_start`
 and must have found everything after the last.
 """
 
+import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,17 +18,31 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints
 from lightning_peft.callbacks.instance_hooks import after, around, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
+from lightning_peft.callbacks.probe import batch_loss
 from lightning_peft.callbacks.sharding import check_mesh, check_sharding
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
-from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of, get_method, inject
+from lightning_peft.engine import (
+    AdapterError,
+    Method,
+    TargetError,
+    Training,
+    adapters_of,
+    get_method,
+    inject,
+    notify,
+)
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.slots import base_parameters, is_sharded
+from lightning_peft.engine.training import Event
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
+from lightning_peft.parts.switching import let_all_train
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -67,6 +83,8 @@ class PEFT(L.Callback):
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
         self._gradients_seen = True
+        self._while_training = ExitStack()
+        self._told: int | None = None  # the step whose beginning the methods know of
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
     @property
@@ -116,9 +134,14 @@ class PEFT(L.Callback):
             )
         check_sharding(trainer.strategy, pl_module)
         _check_optimizers(trainer, pl_module)
+        _check_switching(trainer, self.methods)
         for optimizer in trainer.optimizers:
             scale_in_step(optimizer)
-        self._gradients_seen = False
+            stepped = optimizer.register_step_post_hook(
+                lambda *_: self._notify("on_after_optimizer_step", trainer, pl_module)
+            )
+            self._while_training.enter_context(stepped)
+        self._gradients_seen, self._told = False, None
         for logger in trainer.loggers:
             logger.log_metrics(
                 {"trainable_parameters": trainable, "trainable_percent": 100 * trainable / total}, step=0
@@ -132,12 +155,42 @@ class PEFT(L.Callback):
         root = adapted_root(pl_module)
         for _, _, adapter in adapters_of(root):
             adapter.train()
-        trained = {name for injection in record_of(root).injections.values() for name in injection.in_place}
-        frozen = any(name not in trained for name in base_parameters(root))
+        self._hold_statistics(root)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the methods of each optimizer step before its first batch."""
+        if self._told != trainer.global_step:
+            self._told = trainer.global_step
+            loss = functools.partial(batch_loss, trainer, pl_module, batch, batch_idx)
+            self._notify("on_train_batch_start", trainer, pl_module, loss=loss)
+            if any(method.switches for method in self.methods.values()):
+                self._hold_statistics(adapted_root(pl_module))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Tell the methods that the gradients of a step are complete."""
+        self._notify("on_before_optimizer_step", trainer, pl_module)
+
+    def _notify(self, event: Event, trainer: L.Trainer, module: L.LightningModule, **now: Any) -> None:
+        root = adapted_root(module)
+        average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
+        now |= {"step": trainer.global_step, "epoch": trainer.current_epoch, "average": average}
+        notify(root, event, trainer.optimizers, self.methods.keys(), **now)
+
+    def _hold_statistics(self, root: nn.Module) -> None:
+        self._release_statistics()
+        parameters = base_parameters(root)
+        if all(parameter.requires_grad for parameter in parameters.values()):
+            return
         for name, module in root.named_modules():
-            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if frozen and is_norm and module.training and f"{name}.weight" not in trained:
+            trained = f"{name}.weight" in parameters and parameters[f"{name}.weight"].requires_grad
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and not trained:
                 self._held.append(module.eval())
+
+    def _release_statistics(self) -> None:
+        while self._held:
+            self._held.pop().train()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once, after the first backward: warn of adapters that no gradient reached."""
@@ -161,13 +214,23 @@ class PEFT(L.Callback):
         """A step that failed may have left its rates scaled: give back what was asked for, before anybody saves it."""
         for optimizer in trainer.optimizers:
             unscale(optimizer)
+        self._while_training.close()
+        self._let_all_train(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the adapter folder, if one was asked for; give the modes back."""
-        while self._held:
-            self._held.pop().train()
+        self._while_training.close()
+        self._release_statistics()
+        self._let_all_train(pl_module)
         if self.save_to is not None and (trainer.is_global_zero or is_sharded(pl_module)):
             self._save(pl_module, Path(self.save_to))
+
+    def _let_all_train(self, module: L.LightningModule) -> None:
+        """The next optimizer is made from all that may train."""
+        root = adapted_root(module)
+        for name, method in self.methods.items():
+            if method.switches and has_record(root) and name in record_of(root).injections:
+                let_all_train(Training(root, name, ()))
 
     def _save(self, module: nn.Module, folder: Path) -> None:
         for name in self.methods:
@@ -262,6 +325,16 @@ def _named(method: Method | Sequence[Method] | str | None, name: str, init_from:
 
 def _called_by_trainer(module: nn.Module) -> bool:
     return getattr(module, "_current_fx_name", None) == "configure_model"
+
+
+def _check_switching(trainer: L.Trainer, methods: dict[str, Method]) -> None:
+    """What begins to train after it was wrapped would not be averaged over devices, with no sign of it."""
+    switching = [type(method).__name__ for method in methods.values() if method.switches]
+    if switching and isinstance(trainer.strategy.model, DistributedDataParallel):
+        raise AdapterError(
+            f"{switching[0]} changes what trains while training, which DistributedDataParallel does not follow. Use "
+            "Trainer(strategy='peft_ddp')."
+        )
 
 
 def _check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -12,6 +12,7 @@ from .merge import merge as merge
 from .merge import unload as unload
 from .merge import unmerge as unmerge
 from .method import METHODS as METHODS
+from .method import HostedMethod as HostedMethod
 from .method import Method as Method
 from .method import TargetedMethod as TargetedMethod
 from .method import check_range as check_range
@@ -23,7 +24,11 @@ from .slots import Kind as Kind
 from .slots import Layer as Layer
 from .slots import Site as Site
 from .slots import adapters_of as adapters_of
+from .state import adapter_state as adapter_state
+from .state import load_adapter_state as load_adapter_state
 from .targets import Target as Target
 from .targets import matches as matches
 from .targets import select_parameters as select_parameters
 from .targets import select_targets as select_targets
+from .training import Training as Training
+from .training import notify as notify

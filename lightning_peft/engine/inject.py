@@ -29,11 +29,15 @@ class Injection:
         in_place: base parameter trained in place -> its other value (the base's while the adapter is active, the
             trained one while it is not), or None if the method keeps no copy.
         active: whether it acts at present.
+        state: what the method keeps beside its adapters (`Method.initial_state`).
+        choice: what the method chose last for training (`Training.is_new`); never saved.
     """
 
     method: Method
     in_place: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
     active: bool = True
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    choice: Any = None
 
 
 @dataclasses.dataclass
@@ -104,10 +108,11 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     planned = [(target, _new_adapter(method, target, name)) for target in targets]
     readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
     _check_readable(planned, readers_of)
+    state = method.initial_state(model)
 
     # nothing may fail from here on
     record = record_of(model, create=True)
-    injection = record.injections.setdefault(name, Injection(method))
+    injection = record.injections.setdefault(name, Injection(method, state=state))
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         slots.occupy(target.module, name, adapter)
         for reader in reading:

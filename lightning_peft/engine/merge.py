@@ -46,6 +46,7 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
     _check_mergeable(acting)
     for name in active:
         check_finite(adapter_state(model, name), MergeError)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     owners = owners_of(model)
     kept: dict[str, dict[str, nn.Parameter | None]] = {}
     dtype = next((p.dtype for p in slots.base_parameters(model).values() if p.is_floating_point()), None)
@@ -61,7 +62,6 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
                 warnings.warn(f"merge: {path}.{name} was tied to {', '.join(others)}; it is untied now.", stacklevel=2)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     adapters = detach(model)
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trainable or parameter.requires_grad)
     record.merged = Merged(adapters, kept, active, frozen)

@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.engine.errors import AdapterError, nearest
 from lightning_peft.engine.slots import Adapter, Kind
 from lightning_peft.engine.targets import Target, is_below, select_modules, select_parameters, select_targets
+
+if TYPE_CHECKING:
+    from lightning_peft.engine.training import Training
 
 Modality = Literal["vision", "text", "diffusion"]
 
@@ -29,6 +32,7 @@ class Method(ABC):
         mergeable: the change can be folded into the base weights.
         keeps_base: a copy of the base value is kept of each parameter trained in place, so that ``disabled`` and
             ``unload`` can give it back.
+        switches: which of its parameters require gradients changes while training.
     """
 
     name: ClassVar[str]
@@ -39,6 +43,7 @@ class Method(ABC):
     identity_at_init: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = True
+    switches: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -60,6 +65,19 @@ class Method(ABC):
     def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:
         """What the learning rate of this parameter of ``adapter`` is multiplied with."""
         return 1.0
+
+    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Tensors that the method keeps beside its adapters; saved with them, and resumed."""
+        return {}
+
+    def on_train_batch_start(self, training: "Training") -> None:  # noqa: B027
+        """Before the first batch of each optimizer step."""
+
+    def on_before_optimizer_step(self, training: "Training") -> None:  # noqa: B027
+        """The gradients of a step are complete: accumulated, averaged over devices, unscaled, not clipped yet."""
+
+    def on_after_optimizer_step(self, training: "Training") -> None:  # noqa: B027
+        """Behind each step that was taken."""
 
     def num_trainable(self, target: Target) -> int:
         """Trainable numbers that the adapter of ``target`` has, by the formula of the paper."""
@@ -107,6 +125,48 @@ class TargetedMethod(Method):
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """All parameters of ``modules_to_save``."""
         return select_parameters(model, self.modules_to_save, who=type(self).__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedMethod(Method):
+    """A method that trains what another one injects, in a way of its own.
+
+    Args:
+        method: the other one, or its registry name.
+
+    Raises:
+        AdapterError: ``method`` is neither.
+    """
+
+    method: Method | str
+
+    def __post_init__(self) -> None:
+        host = get_method(self.method)() if isinstance(self.method, str) else self.method
+        check_range(type(self).__name__, "method", host, isinstance(host, Method), "a method such as LoRA(r=8)")
+        object.__setattr__(self, "method", host)
+        for fact in ("identity_at_init", "mergeable", "keeps_base"):
+            object.__setattr__(self, fact, getattr(host, fact))
+
+    @property
+    def host(self) -> Method:
+        """The other method."""
+        return self.method  # type: ignore[return-value]  # a name was looked up when this was made
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """Those of the other method; so for the rest."""
+        return self.host.targets(model)
+
+    def adapter(self, target: Target) -> Adapter:  # noqa: D102
+        return self.host.adapter(target)
+
+    def trained_in_place(self, model: nn.Module) -> list[str]:  # noqa: D102
+        return self.host.trained_in_place(model)
+
+    def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:  # noqa: D102
+        return self.host.learning_rate_ratio(adapter, parameter)
+
+    def num_trainable(self, target: Target) -> int:  # noqa: D102
+        return self.host.num_trainable(target)
 
 
 def _frozen(value: Any) -> Any:

@@ -13,12 +13,15 @@ from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
 from lightning_peft.engine.slots import adapters_of
 
+METHOD_STATE = "method_state"  # the keys of what a method keeps beside its adapters begin with it
+
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Key -> live tensor of everything that adapter ``name`` has trained or changed, and nothing of the base.
 
     Keys are those of ``state_dict`` without the adapter name: ``blocks.0.attn.qkv.adapters.lora_A``; for a module with
     several weights ``self_attn.adapters:in_proj_weight.lora_A``; for what was trained in place ``head.weight``.
+    What the method keeps beside its adapters is below ``method_state``.
     Buffers of the base (running statistics) are there if they are not what they were before injection.
 
     Raises:
@@ -35,6 +38,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     parameters, injection = dict(model.named_parameters()), record.injections[name]
     for key, other in injection.in_place.items():
         state[key] = parameters[key] if injection.active or other is None else other
+    state |= {f"{METHOD_STATE}.{key}": value for key, value in injection.state.items()}
     for key, buffer in model.named_buffers():
         if key in record.buffers and not torch.equal(buffer, record.buffers[key].to(buffer.device)):
             state[key] = buffer

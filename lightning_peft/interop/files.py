@@ -150,7 +150,8 @@ def describe(method: Method) -> dict[str, Any]:
     """What a file says of the method that made it; primitives only."""
     from lightning_peft import __version__
 
-    arguments = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    arguments = {name: describe(value) if isinstance(value, Method) else value for name, value in values.items()}
     return {"format": FORMAT, "version": __version__, "method": method.name, "arguments": arguments}
 
 
@@ -169,9 +170,14 @@ def method_from(facts: dict[str, Any]) -> Method:
     unknown = sorted(set(facts["arguments"]) - known)
     if unknown:
         raise AdapterFileError(f"{cls.__name__} has no argument {unknown[0]!r}: the file is of another version.")
-    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["arguments"].items()}
+
+    def value(stored: Any) -> Any:
+        if isinstance(stored, dict) and "method" in stored and "arguments" in stored:  # a method within a method
+            return method_from(stored)
+        return tuple(stored) if isinstance(stored, list) else stored
+
     try:
-        return cls(**as_tuples)
+        return cls(**{name: value(stored) for name, stored in facts["arguments"].items()})
     except TypeError as error:
         raise AdapterFileError(f"the file does not describe a {cls.__name__}: {error}.") from None
 

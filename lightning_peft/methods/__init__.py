@@ -4,6 +4,7 @@ from lightning_peft.engine import METHODS
 
 from .features import *  # noqa: F403
 from .lora import *  # noqa: F403
+from .sampling import *  # noqa: F403
 from .selective import *  # noqa: F403
 
 __all__ = [cls.__name__ for cls in METHODS.values()]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_peft.engine import AdapterError
+from lightning_peft.engine import TargetError
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import base_class, holds_adapters
-from lightning_peft.engine.targets import as_patterns
+from lightning_peft.engine.targets import as_patterns, matches
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who: str = "blocks") -> list[str]:
@@ -19,33 +19,34 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who
 
     Args:
         model: where to look.
-        blocks: path of the list of blocks (``"model.layers"``); or several paths, of a ``ModuleList`` of blocks or of
-            a single block each.
+        blocks: path of the list of blocks (``"model.layers"``, or the last parts of it); or several patterns, as in
+            ``target_modules``, that select each a ``ModuleList`` of blocks, or single blocks.
         who: how errors name the caller.
 
     Raises:
-        AdapterError: there is no module of that path, or no list of blocks is found.
+        TargetError: there is no module of that path, or no list of blocks is found.
 
     >>> block = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> find_blocks(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": nn.ModuleList([block(), block()])}))
     ['layers.0', 'layers.1']
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if name}
     names: list[str] = []
-    paths = as_patterns(blocks)
-    lists = (nn.ModuleList, nn.Sequential) if len(paths) == 1 else (nn.ModuleList,)
-    for path in paths:
-        if path not in modules:
-            raise AdapterError(
-                f"{who}: {base_class(model).__name__} has no module {path!r}.{nearest(path, modules)} Give the path of "
-                "the list that holds the blocks."
+    for pattern in as_patterns(blocks):
+        found = [name for name, module in modules.items() if matches(pattern, name, module)]
+        if not found:
+            raise TargetError(
+                f"{who}: {base_class(model).__name__} has no module {pattern!r}.{nearest(pattern, modules)} Give the "
+                "path of the list that holds the blocks."
             )
-        members = _children(modules[path]) if isinstance(modules[path], lists) else {"": None}
-        names += [_below(path, key) for key in members]
+        lists = (nn.ModuleList, nn.Sequential) if isinstance(blocks, str) and len(found) == 1 else (nn.ModuleList,)
+        for name in found:
+            members = _children(modules[name]) if isinstance(modules[name], lists) else {"": None}
+            names += [_below(name, key) for key in members]
     if blocks is None:
         names = _search(model, "")
     if not names:
-        raise AdapterError(
+        raise TargetError(
             f"{who}: no list of like blocks is found in {base_class(model).__name__}. Give its path "
             "(blocks='net.layers') or the paths of single blocks (blocks=['net.first', 'net.second'])."
         )

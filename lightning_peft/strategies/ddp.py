@@ -6,9 +6,15 @@ are there are averaged over the ranks, where torch's wrapper does it too: before
 unscaled and clipped.
 """
 
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -22,12 +28,6 @@ from lightning_peft.strategies.averaging import AveragingStrategy
 from lightning_peft.strategies.injecting import InjectingStrategy
 from lightning_peft.strategies.ranks import check_same_start
 
-# arguments of DDPStrategy that mean something without the wrapper
-_TAKEN = {
-    *("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"),
-    *("process_group_backend", "timeout", "start_method"),
-}
-
 
 class PEFTDDPStrategy(AveragingStrategy, InjectingStrategy, DDPStrategy):
     """Data parallel training in which the frozen base is not sent, and what trains may change from step to step.
@@ -37,21 +37,51 @@ class PEFTDDPStrategy(AveragingStrategy, InjectingStrategy, DDPStrategy):
 
     Args:
         method: what to inject, as `PEFT` takes it; None if a `PEFT` callback is in the Trainer's list.
-        kwargs: of Lightning's ``DDPStrategy``, as far as they do not concern torch's wrapper.
+        accelerator: this and the following are those of Lightning's ``DDPStrategy``.
+        parallel_devices: see there.
+        cluster_environment: see there.
+        checkpoint_io: see there.
+        precision_plugin: see there.
+        process_group_backend: see there.
+        timeout: see there.
+        start_method: see there.
+        for_the_wrapper: any other argument of ``DDPStrategy``, which is refused.
 
     Raises:
         AdapterError: an argument is for torch's wrapper; or, when a run starts, nothing was injected, the ranks differ
             in the model, or a BatchNorm with an adapter would be replaced by ``sync_batchnorm``.
     """
 
-    def __init__(self, method: Method | list[Method] | str | None = None, **kwargs: Any) -> None:
-        foreign = sorted(kwargs.keys() - _TAKEN)
-        if foreign:
+    def __init__(
+        self,
+        method: Method | list[Method] | str | None = None,
+        *,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **for_the_wrapper: Any,
+    ) -> None:
+        if for_the_wrapper:
             raise AdapterError(
-                f"{type(self).__name__} has no argument {foreign[0]!r}: there is no DistributedDataParallel in it that "
-                "could take it. Unused parameters and changing ones need no option here; leave it out."
+                f"{type(self).__name__} has no argument {min(for_the_wrapper)!r}: there is no DistributedDataParallel "
+                "in it that could take it. Unused parameters and changing ones need no option here; leave it out."
             )
-        super().__init__(method=method, **kwargs)
+        super().__init__(
+            method=method,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
 
     def setup(self, trainer: Trainer) -> None:
         """As in ``DDPStrategy``, without its wrapper and without its broadcast."""

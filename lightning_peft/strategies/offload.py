@@ -226,14 +226,17 @@ class _Block:
                 register_multi_grad_hook(inputs, self._after_backward)
 
     def _before_backward(self, gradient: Tensor) -> None:
+        if self.following is not None:
+            self.following.leave()
+        self._enter_backward()
+        if self.previous is not None and self.previous._has_backward:
+            self.previous.start()
+
+    def _enter_backward(self) -> None:
         if not self._in_backward:  # the end of the backward is the last chance: a first block sees no other sign of it
             torch.autograd.Variable._execution_engine.queue_callback(self.leave)
         self._in_backward = True
-        if self.following is not None:
-            self.following.leave()
         self.enter()
-        if self.previous is not None and self.previous._has_backward:
-            self.previous.start()
 
     def _after_backward(self, gradients: Any) -> None:
         self.leave()
@@ -248,7 +251,7 @@ class _Block:
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:
         if not isinstance(saved, _Saved):
             return saved
-        self.enter()
+        self._enter_backward()  # if the gradient came through an output that was not seen
         held = self.copies[saved.which] if self.away else self.parameters[saved.which].data
         return held.as_strided(saved.size, saved.stride, saved.offset)
 

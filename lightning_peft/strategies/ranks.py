@@ -106,6 +106,16 @@ def average(tensors: Iterable[Tensor], cap_bytes: int = 25 * 2**20) -> None:
             t.detach().copy_(mean.view_as(t))
 
 
+def gather(tensors: Iterable[Tensor], cap_bytes: int = 25 * 2**20) -> Iterator[tuple[Tensor, Tensor]]:
+    """(the tensor, those of all ranks (ranks, ...)) for each; sent in buckets as above, and in their order."""
+    for bucket in _buckets(tensors, cap_bytes):
+        flat = torch.cat([t.detach().flatten() for t in bucket])
+        there = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+        dist.all_gather(there, flat)
+        for t, of_all in zip(bucket, torch.stack(there).split([t.numel() for t in bucket], dim=1), strict=True):
+            yield t, of_all.reshape(len(there), *t.shape)
+
+
 def _buckets(tensors: Iterable[Tensor], cap_bytes: int) -> Iterator[list[Tensor]]:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for t in tensors:

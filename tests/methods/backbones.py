@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import AdapterError, Method, inject
+from lightning_peft.engine import AdapterError, HostedMethod, Method, inject
 
 
 class Tiny(nn.Module):
@@ -251,14 +251,25 @@ _ADVICE: tuple[dict[str, Any], ...] = (
 
 
 @functools.cache
+def _fields(cls: type[Method]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
 def suited(cls: type[Method], name: str) -> Method | AdapterError:
     """``cls`` as a user would write it for backbone ``name``; the error it gives if nothing there can be adapted."""
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    narrow = {"r": 2} if "r" in fields else {}  # the layers here are
+    hosted = issubclass(cls, HostedMethod)
+    own = _fields(cls)
+    fields = own | (_fields(type(cls().host)) if hosted else set())
+    narrow = {"r": 2, "n_layers": 1}  # the layers here are, and there are few
     refusals = []
     for advice in _ADVICE:
         if advice.keys() <= fields:
-            method = cls(**narrow, **advice)
+            given = {key: value for key, value in {**narrow, **advice}.items() if key in fields}
+            arguments = {key: value for key, value in given.items() if key in own}
+            if hosted:
+                others = {key: value for key, value in given.items() if key not in own}
+                arguments["method"] = dataclasses.replace(cls().host, **others)
+            method = cls(**arguments)
             try:
                 inject(backbone(name), method)
             except AdapterError as refusal:

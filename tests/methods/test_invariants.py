@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import disabled, load_adapter, merge, save_adapter, set_active, set_trainable, unload, unmerge
-from lightning_peft.engine import METHODS, AdapterError, MergeError, Method, adapters_of, inject
+from lightning_peft.engine import (
+    METHODS,
+    AdapterError,
+    MergeError,
+    Method,
+    adapter_state,
+    adapters_of,
+    inject,
+    load_adapter_state,
+    notify,
+)
 from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny, trainable
 
 CASES = [
@@ -36,16 +46,22 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
 
 
-def train(model: nn.Module, x: Tensor, steps: int, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
-    """Some steps towards a model of the same form."""
+def train(
+    model: nn.Module, x: Tensor, steps: int, optimizer: torch.optim.Optimizer | None = None, first: int = 0
+) -> list[float]:
+    """Some steps towards a model of the same form, as any plain loop makes them."""
     optimizer = optimizer or optimizer_of(model)
-    goal = torch.linspace(-1, 1, 3)
+    goal = torch.linspace(-1, 1, 3).expand(2, 13, 3)
     losses = []
-    for _ in range(steps):
+    for step in range(first, first + steps):
         optimizer.zero_grad()
-        loss = F.mse_loss(model(x), goal.expand(2, 13, 3))
+        now = {"step": step, "epoch": step // 2, "loss": lambda: F.mse_loss(model(x), goal)}
+        notify(model, "on_train_batch_start", optimizer, **now)
+        loss = F.mse_loss(model(x), goal)
         loss.backward()
+        notify(model, "on_before_optimizer_step", optimizer, **now)
         optimizer.step()
+        notify(model, "on_after_optimizer_step", optimizer, **now)
         losses.append(loss.item())
     return losses
 
@@ -255,17 +271,18 @@ def test_the_representation_rebuilds_the_method(method: Method) -> None:
 
 
 @every_example
-def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, x: Tensor) -> None:
+@pytest.mark.parametrize("k", range(1, 6))
+def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, k: int, x: Tensor) -> None:
     through = inject(tiny(), method).train()
-    train(through, x, steps=4)
+    train(through, x, steps=6)
 
     first = inject(tiny(), method).train()
     optimizer = optimizer_of(first)
-    train(first, x, steps=2, optimizer=optimizer)
-    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict()))
+    train(first, x, steps=k, optimizer=optimizer)
+    saved = copy.deepcopy((adapter_state(first), optimizer.state_dict()))
     resumed = inject(tiny(), method).train()
-    resumed.load_state_dict(saved[0])
+    load_adapter_state(resumed, saved[0])
     optimizer = optimizer_of(resumed)
     optimizer.load_state_dict(saved[1])
-    train(resumed, x, steps=2, optimizer=optimizer)
+    train(resumed, x, steps=6 - k, optimizer=optimizer, first=k)
     assert_unchanged(resumed, snapshot(through))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft import LoRA, inject
+from lightning_peft import LISA, LoRA, inject
 from lightning_peft.engine import Method
 from tests.strategies.nets import data
 
 METHOD = LoRA(r=2, target_modules=("up", "down"), modules_to_save="head")
+SAMPLED = LISA(n_layers=1, interval_steps=2)
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, SSF, LoRA, PEFTDDPStrategy, inject
 from tests.strategies.launch import error_of, finish, made, rank, values
-from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Toggle
+from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Normed, Projections, Toggle, switching
 from tests.strategies.nets import data as all_data
 
 torch.set_num_threads(1)
@@ -104,6 +104,17 @@ def toggled() -> None:
     facts["toggled"], facts["toggled sent"] = values(module), wire.sent
 
 
+def switched() -> None:
+    for name, method in switching().items():
+        torch.manual_seed(0)
+        strategy = PEFTDDPStrategy(method)
+        made(strategy=strategy, max_epochs=3, precision="64-true").fit(module := Projections(), data(4))
+        facts[f"switched by {name}"] = values(module)
+    facts["switched under ddp"] = error_of(
+        lambda: made(PEFT(switching()["lisa"], summary=False), strategy="ddp").fit(Projections(), data(4))
+    )
+
+
 class Uneven(Net):
     """``a`` is used on rank 0 alone, ``b`` on rank 1 alone, ``c`` on both, ``unused`` nowhere."""
 
@@ -119,24 +130,14 @@ def uneven() -> None:
     module, seen = Uneven(), Gradients()
     module.net["unused"] = nn.Linear(6, 6)
     nn.init.ones_(module.net["unused"].weight), nn.init.ones_(module.net["unused"].bias)
-    made(seen, strategy=PEFTDDPStrategy(METHOD)).fit(module, data(4))
+    method = LoRA(r=2, target_modules=(*BLOCKS, "unused"), modules_to_save="head")
+    made(seen, strategy=PEFTDDPStrategy(method)).fit(module, data(4))
     facts["uneven"], facts["uneven gradients"] = values(module), seen.after
     # what this rank would compute by itself, from the same start
     alone = Uneven()
     inject(alone, METHOD)
     alone.training_step(next(iter(data(4))), 0).backward()
     facts["uneven alone"] = grads(alone)
-
-
-class Normed(Net):
-    """With a BatchNorm that is trained whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
 
 
 def statistics() -> None:
@@ -176,11 +177,19 @@ def errors() -> None:
     facts["adapted norm"] = error_of(lambda: trainer.fit(Normed(), data(4)))
 
 
+class Kind(L.Callback):
+    """What the norm is while training."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.found = type(pl_module.norm).__name__
+
+
 def synced_norm() -> None:
-    trainer = made(strategy=PEFTDDPStrategy(METHOD), sync_batchnorm=True, limit_train_batches=2)
+    kind, wire = Kind(), Wire()
+    trainer = made(kind, wire, strategy=PEFTDDPStrategy(METHOD), sync_batchnorm=True, limit_train_batches=2)
     trainer.fit(module := Normed(), data(4))
-    facts["synced norm"] = values(module)
-    facts["synced norm after"] = type(module.norm).__name__
+    facts["synced norm"], facts["synced norm is a"] = values(module), kind.found
+    facts["synced norm sent"] = wire.sent
 
 
 def torch_ddp() -> None:
@@ -192,7 +201,19 @@ def torch_ddp() -> None:
 
 
 if __name__ == "__main__":
-    for part in (plain, resumed, accumulated, manual, toggled, uneven, statistics, synced_norm, torch_ddp, errors):
+    for part in (
+        plain,
+        resumed,
+        accumulated,
+        manual,
+        toggled,
+        switched,
+        uneven,
+        statistics,
+        synced_norm,
+        torch_ddp,
+        errors,
+    ):
         torch.manual_seed(0)
         part()
     finish(facts)

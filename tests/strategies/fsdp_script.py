@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, DoRA, LoRA, PEFTFSDPStrategy, disabled, inject
-from tests.strategies.blocks import METHOD, ByTurns, Net, adapters_by_turns, blocks_by_turns
+from tests.strategies.blocks import METHOD, SAMPLED, ByTurns, Net, adapters_by_turns, blocks_by_turns
 from tests.strategies.launch import error_of, finish, made, rank
 from tests.strategies.nets import data as all_data
 
@@ -213,6 +213,8 @@ def other_trainings() -> None:
     facts["by turns"] = whole(module)
     made(ByTurns(blocks_by_turns), strategy=PEFTFSDPStrategy("fullfinetuning")).fit(module := Net(), data())
     facts["base by turns"] = whole(module)
+    made(strategy=PEFTFSDPStrategy(SAMPLED), max_epochs=2).fit(sampled := Net(adam=True), data())
+    facts["lisa"] = whole(sampled)
     facts["base is sharded"] = all(isinstance(p, DTensor) for p in module.parameters())
     trainer = made(strategy=PEFTFSDPStrategy(METHOD), precision="bf16-true")
     trainer.fit(module := Net(), data())

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_peft import LoRA, inject
+from lightning_peft.engine import METHODS, Method
 
 BLOCKS = ("a", "b", "c")
 METHOD = LoRA(r=2, target_modules=BLOCKS, modules_to_save="head")
@@ -41,6 +42,35 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.02) if self.adam else torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+class Projections(Net):
+    """With the names that the examples of methods go by."""
+
+    def __init__(self) -> None:
+        super().__init__(adam=True)
+        self.net = nn.ModuleDict({"q_proj": self.net["a"], "v_proj": self.net["b"], "head": self.net["head"]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("q_proj", "v_proj"):
+            x = x + torch.tanh(self.net[name](x))
+        return self.net["head"](x)
+
+
+def switching() -> dict[str, Method]:
+    """An example of each method that changes what trains."""
+    return {name: cls.examples()[0] for name, cls in METHODS.items() if cls.switches}
+
+
+class Normed(Net):
+    """With a BatchNorm that is trained whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
 
 
 class Manual(Net):
@@ -102,3 +132,56 @@ def by_hand(
             torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
     return module.state_dict()
+
+
+def client_data(client: int) -> DataLoader:
+    """Client 0 has 8 samples, client 1 has 12 others; batches of 4, never shuffled."""
+    generator = torch.Generator().manual_seed(10 + client)
+    samples = TensorDataset(*(torch.randn(8 + 4 * client, d, generator=generator) for d in (6, 3)))
+    return DataLoader(samples, batch_size=4)
+
+
+def federated_by_hand(
+    server: Callable[[list[dict[str, Tensor]], int], dict[str, Tensor]],
+    *,
+    local_steps: int,
+    steps: int,
+    adam: bool = False,
+    keep: bool = False,
+    freeze: str = "-",
+) -> tuple[list[list[dict[str, Tensor]]], dict[str, Tensor]]:
+    """Two clients in one process, two batches to an epoch.
+
+    Args:
+        server: (what each client has trained, number of the round) -> what all of them go on from.
+        local_steps: optimizer steps in a round.
+        steps: optimizer steps in all.
+        adam: as for `Net`.
+        keep: the optimizers outlive a round.
+        freeze: parameters whose names end so do not train.
+
+    Returns:
+        What each client had trained at the end of each round, and the result.
+    """
+    torch.manual_seed(0)
+    clients = [inject(Net(adam), METHOD) for _ in range(2)]
+    for client in clients:
+        for name, p in client.named_parameters():
+            p.requires_grad_(p.requires_grad and not name.endswith(freeze))
+    optimizers = [client.configure_optimizers() for client in clients]
+    batches = [[b for _ in range(steps) for b in list(client_data(k))[:2]] for k in range(2)]
+    rounds = []
+    for step in range(steps):
+        for client, optimizer, own in zip(clients, optimizers, batches, strict=True):
+            optimizer.zero_grad()
+            client.training_step(own[step], 0).backward()
+            optimizer.step()
+        if (step + 1) % local_steps == 0 or step + 1 == steps:
+            trained = [{n: p.detach().clone() for n, p in c.named_parameters() if p.requires_grad} for c in clients]
+            rounds.append(trained)
+            result = server(trained, step // local_steps)
+            for client in clients:
+                client.load_state_dict(result, strict=False)
+            if not keep:
+                optimizers = [client.configure_optimizers() for client in clients]
+    return rounds, clients[0].state_dict()

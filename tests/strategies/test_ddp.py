@@ -1,5 +1,6 @@
 """peft_ddp on two processes: the same training as in one, and nothing sent but what trains."""
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft import AdapterError, LoRA, PEFTDDPStrategy, inject
+import lightning_peft.strategies
+from lightning_peft import PEFT, AdapterError, LoRA, PEFTDDPStrategy, PEFTFederatedStrategy, inject
+from tests.callbacks.nets import trainer
 from tests.strategies.launch import launched
-from tests.strategies.nets import METHOD, Net, by_hand, data, let_train
+from tests.strategies.nets import METHOD, Net, Projections, by_hand, data, let_train, switching
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,22 @@ def test_two_ranks_train_as_one_process_does_on_both_their_batches(run: str, ran
     start = inject(Net(), METHOD).state_dict()
     assert any(not torch.allclose(value, start[key], **ROUNDED) for key, value in expected.items())
     same(ranks[0][run], dict(expected), **ROUNDED)
+
+
+@pytest.mark.parametrize("name", switching())
+def test_methods_that_change_what_trains_do_as_on_one_device(
+    name: str, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, method = Projections(), PEFT(switching()[name], summary=False)
+    trainer(tmp_path, method, max_epochs=3, precision="64-true").fit(module, data(8))
+    for facts in ranks:
+        same(facts[f"switched by {name}"], module.state_dict(), rtol=1e-7, atol=1e-9)
+
+
+def test_plain_ddp_refuses_them(ranks: list[dict[str, Any]]) -> None:
+    for facts in ranks:
+        assert "LISA changes what trains while training" in facts["switched under ddp"]
 
 
 def test_the_same_adapter_as_under_plain_ddp(ranks: list[dict[str, Any]]) -> None:
@@ -137,17 +156,49 @@ def test_an_error_changes_no_value_of_the_base(ranks: list[dict[str, Any]]) -> N
     assert ranks[0]["base is untouched"]
 
 
-def test_sync_batchnorm_keeps_working_for_a_norm_without_adapter(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["synced norm after"] == "BatchNorm1d" or ranks[0]["synced norm after"].startswith("_BatchNorm")
+def test_sync_batchnorm_keeps_working_and_statistics_that_stand_still_are_not_sent(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["synced norm is a"] == "SyncBatchNorm"
+    assert ranks[0]["synced norm sent"] == ranks[0]["sent"][:2]
 
 
 def test_known_by_name_and_registered_twice_without_harm() -> None:
-    import importlib
-
-    import lightning_peft.strategies
-
     importlib.reload(lightning_peft.strategies)
-    assert isinstance(StrategyRegistry.get("peft_ddp"), lightning_peft.strategies.PEFTDDPStrategy)
+    for name, cls in (("peft_ddp", PEFTDDPStrategy), ("peft_federated", PEFTFederatedStrategy)):
+        assert type(StrategyRegistry.get(name)) is cls
+
+
+YAML = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  logger: false
+  strategy:
+    class_path: PEFTFederatedStrategy
+    init_args:
+      local_steps: 5
+      sample_weights: [1.0]
+      timeout: 0:01:00
+      method: {class_path: LoRA, init_args: {r: 3, target_modules: [a, b]}}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning calls and jsonargparse has deprecated
+def test_the_command_line_builds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "run.yaml").write_text(YAML)
+
+    def strategy(*arguments: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["run.py", "--config", str(tmp_path / "run.yaml"), *arguments])
+        return LightningCLI(Net, run=False, save_config_callback=None, seed_everything_default=False).trainer.strategy
+
+    federated = strategy()
+    assert type(federated) is PEFTFederatedStrategy
+    assert federated.method == LoRA(r=3, target_modules=("a", "b"))
+    assert (federated.local_steps, federated.sample_weights) == (5, (1.0,))
+    assert type(strategy("--trainer.strategy=peft_ddp")) is PEFTDDPStrategy
+    assert strategy("--trainer.strategy=PEFTDDPStrategy", "--trainer.strategy.method=LoRA").method == LoRA()
 
 
 @pytest.mark.parametrize("argument", ["find_unused_parameters", "static_graph", "ddp_comm_hook", "bucket_cap_mb"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft import PEFT, DoRA, PEFTFSDPStrategy, get_method, inject, load_adapter
 from tests.callbacks.nets import trainer
-from tests.strategies.blocks import METHOD, Net, adapters_by_turns, blocks_by_turns, by_hand
+from tests.strategies.blocks import METHOD, SAMPLED, Net, adapters_by_turns, blocks_by_turns, by_hand
 from tests.strategies.launch import launched
 from tests.strategies.nets import data
 
@@ -62,7 +62,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("run", [*REFERENCES, "mixed", "bf16"])
+@pytest.mark.parametrize("run", [*REFERENCES, "lisa", "mixed", "bf16"])
 def test_ranks_end_bit_for_bit_equal(run: str, ranks: list[dict[str, Any]]) -> None:
     same(ranks[0][run], ranks[1][run], **EXACT)
 
@@ -74,6 +74,15 @@ def test_two_ranks_train_as_one_process_does_on_both_their_batches(run: str, ran
     start = inject(Net(), REFERENCES[run].get("method", METHOD)).state_dict()
     assert any(not torch.allclose(value, start[key], **ROUNDED) for key, value in expected.items())
     same(ranks[0][run], dict(expected), **ROUNDED)
+
+
+def test_a_method_that_samples_blocks_trains_as_on_one_device(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Net(adam=True)
+    trainer(tmp_path, PEFT(SAMPLED, summary=False), max_epochs=2).fit(module, data(8), data(8))
+    start = Net().state_dict()
+    assert all(not torch.equal(module.state_dict()[key], start[key]) for key in ("head.weight", "embed.weight"))
+    same(ranks[0]["lisa"], dict(module.state_dict()), **ROUNDED)
 
 
 def test_lower_precision_trains_nearly_the_same(ranks: list[dict[str, Any]]) -> None:

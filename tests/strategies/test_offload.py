@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import PEFT, AdapterError, DoRA, LoRA, PEFTOffloadStrategy, get_method, inject
+from lightning_peft import LISA, PEFT, AdapterError, DoRA, LoRA, PEFTOffloadStrategy, get_method, inject
 from lightning_peft.engine import Method
 from lightning_peft.strategies import offload
 from tests.callbacks.nets import trainer
@@ -88,6 +88,35 @@ class Twice(Net):
         return self.head(x)
 
 
+class Box:
+    """Hides a tensor from whoever looks for some in the output of a block."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Boxing(Block):
+    """Takes and returns a box."""
+
+    def forward(self, box: Box) -> Box:
+        return Box(super().forward(box.x))
+
+
+class Boxed(Net):
+    """Hands boxes from block to block."""
+
+    def __init__(self, adam: bool = False) -> None:
+        super().__init__(adam)
+        for block in self.blocks:
+            block.__class__ = Boxing
+
+    def answer(self, x: Tensor) -> Tensor:
+        box = Box(self.embed(x))
+        for block in self.blocks:
+            box = block(box)
+        return self.head(box.x)
+
+
 class Watch(L.Callback):
     """Counts live copies at each event, and keeps the gradients of the first step."""
 
@@ -137,6 +166,9 @@ CASES: dict[str, tuple[type[Net], dict[str, Any]]] = {
     "checkpointed around": (CheckpointedAround, {}),
     "checkpointed inside": (CheckpointedInside, {}),
     "used twice": (Twice, {}),
+    "hidden outputs": (Boxed, {}),
+    "lisa": (Net, {"method": LISA(n_layers=1, interval_steps=1)}),
+    "lisa that keeps its state": (Net, {"method": LISA(n_layers=1, interval_steps=1, state_policy="keep")}),
     "accumulated": (Net, {"accumulate_grad_batches": 3}),
     "bfloat16": (Net, {"precision": "bf16-true"}),
     "adapters by turns": (Net, {"callbacks": adapters_by_turns}),
@@ -154,7 +186,7 @@ def test_numbers_are_those_of_a_run_without_it_bit_for_bit(case: str, tmp_path: 
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cls", [Net, CheckpointedAround, CheckpointedInside, Twice])
+@pytest.mark.parametrize("cls", [Net, CheckpointedAround, CheckpointedInside, Twice, Boxed])
 def test_no_weights_of_frozen_blocks_stay_on_the_device(cls: type[Net], device: Device, tmp_path: Path) -> None:
     watch, module = Watch(device), cls()
     made = trainer(tmp_path, PEFT(METHOD, summary=False), watch, strategy="peft_offload", max_epochs=1)

@@ -2,4 +2,7 @@
 
 from .bitfit import BitFit as BitFit
 from .fullfinetuning import FullFineTuning as FullFineTuning
+from .hft import HFT as HFT
 from .linearprobe import LinearProbe as LinearProbe
+from .lpft import LPFT as LPFT
+from .telly import Telly as Telly
