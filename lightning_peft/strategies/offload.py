@@ -157,7 +157,7 @@ class _Block:
             for optimizer in optimizers:
                 state = optimizer.state.get(p, {})
                 state |= {k: v.to(p.device) for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
-        self.away = not self.away
+        self.away, self.coming = not self.away, []
 
     def start(self) -> None:
         """Begin to copy, beside what is computed at present."""

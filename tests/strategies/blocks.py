@@ -74,6 +74,12 @@ def blocks_by_turns(module: Any, step: int) -> None:
         set_trained(block, i == step % 3)
 
 
+def blocks_by_epoch(module: Any, step: int) -> None:
+    """The same, but chosen at the first of each three steps alone."""
+    if step % 3 == 0:
+        blocks_by_turns(module, step // 3)
+
+
 def set_trained(module: nn.Module, trained: bool) -> None:
     for p in module.parameters():
         p.requires_grad_(trained)

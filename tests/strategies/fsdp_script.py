@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, DoRA, LoRA, PEFTFSDPStrategy, disabled, inject
-from tests.strategies.blocks import METHOD, SAMPLED, ByTurns, Net, adapters_by_turns, blocks_by_turns
+from tests.strategies.blocks import METHOD, SAMPLED, ByTurns, Net, adapters_by_turns, blocks_by_epoch, blocks_by_turns
 from tests.strategies.launch import error_of, finish, made, rank
 from tests.strategies.nets import data as all_data
 
@@ -187,20 +187,22 @@ class SaveAfterValidation(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         facts["whole after validation"] = not isinstance(pl_module.blocks[0].up.weight, DTensor)
-        trainer.save_checkpoint(folder / "in_validation.ckpt")
+        gathered = Gathered()
+        gathered.save(trainer, folder / "in_validation.ckpt")
+        facts["gathered in validation"] = gathered.count
 
 
 def kept_together() -> None:
     each_step = {"val_check_interval": 1, "num_sanity_val_steps": 0}
     trainer = made(SaveAfterValidation(), strategy=PEFTFSDPStrategy(METHOD), **each_step)
     trainer.fit(KeptTogether(), data(), data())
-    trainer = made(ByTurns(blocks_by_turns), strategy=PEFTFSDPStrategy("fullfinetuning"), **each_step)
+    trainer = made(ByTurns(blocks_by_epoch), strategy=PEFTFSDPStrategy("fullfinetuning"), max_epochs=2)
     trainer.fit(module := KeptTogether(), data(), data())
-    facts["base by turns, validated"] = whole(module)
+    facts["base by epoch"] = whole(module)
     trainer.validate(module, data(), verbose=False)
-    trainer.fit_loop.max_epochs = 2
+    trainer.fit_loop.max_epochs = 3
     trainer.fit(module, data(), data())
-    facts["base by turns, again"] = whole(module)
+    facts["base by epoch, again"] = whole(module)
 
 
 def other_trainings() -> None:

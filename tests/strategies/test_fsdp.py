@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft import PEFT, DoRA, PEFTFSDPStrategy, get_method, inject, load_adapter
 from tests.callbacks.nets import trainer
-from tests.strategies.blocks import METHOD, SAMPLED, Net, adapters_by_turns, blocks_by_turns, by_hand
+from tests.strategies.blocks import METHOD, SAMPLED, Net, adapters_by_turns, blocks_by_epoch, blocks_by_turns, by_hand
 from tests.strategies.launch import launched
 from tests.strategies.nets import data
 
@@ -55,8 +55,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "accumulated": {},
     "by turns": {"adam": True, "epochs": 2, "before": adapters_by_turns},
     "base by turns": {"method": FULL, "before": blocks_by_turns},
-    "base by turns, validated": {"method": FULL, "before": blocks_by_turns},
-    "base by turns, again": {"method": FULL, "before": blocks_by_turns, "epochs": 2},
+    "base by epoch": {"method": FULL, "before": blocks_by_epoch, "epochs": 2},
+    "base by epoch, again": {"method": FULL, "before": blocks_by_epoch, "epochs": 3},
     "dora early": {"method": DoRA(r=2, target_modules=("up",)), "batches": 1},
     "dora late": {"method": DoRA(r=2, target_modules=("up",)), "batches": 1},
 }
@@ -111,7 +111,7 @@ def test_the_base_is_in_bfloat16_when_asked_and_the_adapters_are_not(ranks: list
 @pytest.mark.parametrize(
     ("run", "numbers"),
     [("gathered", 3 * 21), ("gathered in shares", 0), ("injected after gathered", 3 * 21)]
-    + [("injected before gathered", 3 * (21 + 6 * 2 * (6 + 10)))],
+    + [("gathered in validation", 21 + 6 * 2 * (6 + 10)), ("injected before gathered", 3 * (21 + 6 * 2 * (6 + 10)))],
 )
 def test_a_checkpoint_puts_together_what_was_trained_and_not_the_base(
     run: str, numbers: int, ranks: list[dict[str, Any]]

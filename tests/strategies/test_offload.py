@@ -124,14 +124,24 @@ class Watch(L.Callback):
         self.device = device
         self.counts: dict[str, list[int]] = {"forward": [], "kept": [], "backward": [], "evaluated": []}
         self.gradients: dict[str, Tensor] = {}
+        self.calls = 0
+        self.handles: list[Any] = []
+
+    def _call(self, *_: Any) -> None:
+        self.calls += 1
 
     def _count(self, event: str) -> None:
         if self.device is not None:
             self.counts[event].append(self.device.alive)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for block in pl_module.blocks if self.device else ():
-            block.down.register_forward_hook(lambda *_: self._count("forward"))
+        for block in pl_module.blocks:
+            self.handles.append(block.up.register_forward_pre_hook(self._call))
+            self.handles.append(block.down.register_forward_hook(lambda *_: self._count("forward")))
+
+    def on_train_end(self, *args: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def on_before_backward(self, *args: Any) -> None:
         self._count("kept")
@@ -157,7 +167,13 @@ def run(
     made.save_checkpoint(folder / "end.ckpt")
     optimizer = torch.load(folder / "end.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     tested = made.test(module, data(8), verbose=False)[0]
-    return {"state": state, "gradients": watch.gradients, "optimizer": optimizer, "tested": tested}
+    return {
+        "state": state,
+        "gradients": watch.gradients,
+        "optimizer": optimizer,
+        "tested": tested,
+        "calls": watch.calls,
+    }
 
 
 CASES: dict[str, tuple[type[Net], dict[str, Any]]] = {
@@ -231,14 +247,26 @@ def test_blocks_that_train_are_on_the_device_and_change_places(device: Device, t
 
 
 def test_a_block_without_a_backward_is_not_fetched_for_it(device: Device, tmp_path: Path) -> None:
-    def let_train(module: Net, step: int) -> None:
-        blocks_by_turns(module, step)
-        module.embed.requires_grad_(False)
+    watch, method = Watch(device), LoRA(r=2, target_modules="up", layers_to_transform=(1, 2))
+    made = trainer(tmp_path, PEFT(method, summary=False), watch, strategy="peft_offload")
+    made.fit(Net(), data(8), data(8))
+    assert set(watch.counts["backward"]) == {0}
 
-    watch, module = Watch(device), Net()
-    made = trainer(tmp_path, PEFT(FULL, summary=False), ByTurns(let_train), watch, strategy="peft_offload")
-    made.fit(module, data(8), data(8))
-    assert set(watch.counts["backward"]) == {OF_A_BLOCK}  # the one that trains
+
+def test_a_block_that_begins_to_train_within_a_batch_stays_on_the_device(tmp_path: Path) -> None:
+    away = []
+
+    class Late(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.blocks[1].requires_grad_(self.training)
+            loss = super().training_step(batch, batch_idx)
+            if self.training:
+                away.append([block.away for block in self.trainer.strategy._offloaded])
+            return loss
+
+    made = trainer(tmp_path, PEFT(METHOD, summary=False), strategy="peft_offload", max_epochs=1)
+    made.fit(Late(), data(8), data(8))
+    assert away[0] == [True, False, True]
 
 
 def test_adapters_and_what_is_outside_of_the_blocks_stay_where_they_are(tmp_path: Path) -> None:
@@ -277,6 +305,7 @@ def test_a_failed_forward_leaves_no_copies(device: Device, tmp_path: Path) -> No
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         trainer(tmp_path, PEFT(METHOD, summary=False), strategy="peft_offload").fit(module, data(8), data(8))
     assert device.alive == 0
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # nothing is left to watch others' saving
     assert torch.equal(module.blocks[1].up.weight, before)
 
 
