@@ -16,5 +16,7 @@ from lightning_peft.interop import save_adapter as save_adapter
 from lightning_peft.methods import *  # noqa: F403
 from lightning_peft.strategies import PEFTDDPStrategy as PEFTDDPStrategy
 from lightning_peft.strategies import PEFTFederatedStrategy as PEFTFederatedStrategy
+from lightning_peft.strategies import PEFTFSDPStrategy as PEFTFSDPStrategy
+from lightning_peft.strategies import PEFTOffloadStrategy as PEFTOffloadStrategy
 
 __version__ = "0.1.0"

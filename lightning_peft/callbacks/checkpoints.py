@@ -170,9 +170,10 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     What lies outside the adapted part of ``module``, or requires gradients all the same, is not base: it may train.
     """
     root = adapted_root(module)
+    state = module.state_dict(keep_vars=True)  # first: a model that shards itself puts its shards in place here
     prefix, record, frozen = prefix_of(module, root), record_of(root), frozen_base(module)
     base: dict[str, Tensor] = {}
-    for key, value in module.state_dict(keep_vars=True).items():
+    for key, value in state.items():
         before = record.buffers.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if id(value) in frozen or (before is not None and torch.equal(value, before.to(value.device))):
             base[key] = value.detach()

@@ -16,7 +16,6 @@ import lightning as L
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,6 +28,7 @@ from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_
 from lightning_peft.callbacks.optimizer_state import restore_by_name
 from lightning_peft.callbacks.probe import batch_loss
 from lightning_peft.callbacks.resuming import Place
+from lightning_peft.callbacks.sharding import check_mesh, check_sharding
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.callbacks.telemetry import PREFIX, Telemetry
 from lightning_peft.engine import (
@@ -42,6 +42,7 @@ from lightning_peft.engine import (
     notify,
 )
 from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.slots import is_sharded
 from lightning_peft.engine.training import Event
 from lightning_peft.interop import load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
@@ -125,6 +126,7 @@ class PEFT(L.Callback):
                 "name of its own: PEFT(method, name='second')."
             )
         checks.check_trainer(trainer, pl_module)
+        check_mesh(trainer.strategy)
         checks.check_callbacks(trainer, self)
         self._set_up_checkpoints(trainer, pl_module)
         root = adapted_root(pl_module)
@@ -153,6 +155,7 @@ class PEFT(L.Callback):
                 f"no parameter of {type(pl_module).__name__} requires gradients: something froze the adapters after "
                 "they were injected. Freeze before fit, or let PEFT do it."
             )
+        check_sharding(trainer.strategy, pl_module)
         checks.check_optimizers(trainer, pl_module)
         checks.check_switching(trainer, self.methods)
         checks.check_precision(pl_module)
@@ -244,7 +247,7 @@ class PEFT(L.Callback):
         self._while_training.close()
         self._release_statistics()
         self._let_all_train(pl_module)
-        if self.save_to is not None:
+        if self.save_to is not None and (trainer.is_global_zero or is_sharded(pl_module)):
             self._save(pl_module, Path(self.save_to))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -258,7 +261,6 @@ class PEFT(L.Callback):
             if method.switches and has_record(root) and name in record_of(root).injections:
                 let_all_train(Training(root, name, ()))
 
-    @rank_zero_only
     def _save(self, module: nn.Module, folder: Path) -> None:
         for name in self.methods:
             save_adapter(module, folder / name if len(self.methods) > 1 else folder, name)

@@ -49,12 +49,14 @@ class Record:
         trainable: base parameters that required gradients before the first injection.
         buffers: persistent buffers of the base as they were before.
         merged: what `merge` took out, as long as it can be undone.
+        samples: base parameter -> the values that tell one base from another, where they have to be remembered.
     """
 
     injections: dict[str, Injection] = dataclasses.field(default_factory=dict)
     trainable: set[str] = dataclasses.field(default_factory=set)
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     merged: Any = None
+    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def record_of(model: nn.Module, create: bool = False) -> Record:

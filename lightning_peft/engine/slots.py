@@ -142,10 +142,23 @@ class Layer:
 
 def effective(module: nn.Module, site: Site, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor | None]:
     """Weight (output axis first) and bias of ``module`` with the change of each adapter applied in order."""
-    weight, bias = site.get(module)
+    weight, bias = map(whole, site.get(module))
     for adapter in adapters:
         weight, bias = adapter.merged(weight, bias)
     return weight, bias
+
+
+def whole(tensor: Any) -> Any:
+    """Put a sharded tensor (DTensor) together, for which all ranks have to call this; any other as it is.
+
+    A sharded base is whole only while its forward runs.
+    """
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some parameter of ``model`` is spread over ranks."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def active_adapters(module: Any, parameter: str) -> tuple[Adapter, ...]:

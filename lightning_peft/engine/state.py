@@ -1,6 +1,7 @@
 """Adapter state: which tensors belong to an adapter, under which keys, and which base they belong to."""
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ def fingerprint(
     Only parameters whose names begin with ``prefix`` count, named without it. Frozen is what the adapters ``names``
     (all, by default) do not train in place; of what others train, the base value counts.
     """
-    injections = record_of(model).injections
+    injections, samples = record_of(model).injections, record_of(model).samples
     trained = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
     before = {key: other for i in injections.values() if i.active for key, other in i.in_place.items()}
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
@@ -103,8 +104,7 @@ def fingerprint(
         real = real and not parameter.is_meta
         if name not in trained and real:
             other = before.get(name)
-            flat = (parameter if other is None else other).detach().flatten()
-            sample = torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
+            sample = samples[name] if name in samples else _sample(parameter if other is None else other)
             values.update(sample.view(torch.int16).numpy().tobytes())
     return {
         "class": slots.base_class(model.get_submodule(prefix.removesuffix("."))).__name__,
@@ -112,6 +112,43 @@ def fingerprint(
         "structure": structure.hexdigest()[:16],
         "values": values.hexdigest()[:16] if real else None,
     }
+
+
+def remember_values(model: nn.Module) -> None:
+    """Keep what `fingerprint` takes of the base, so that it needs no other rank once the base is sharded.
+
+    Of a base that is sharded already the values are collected: all ranks have to call this.
+    """
+    injections, samples = record_of(model).injections.values(), record_of(model).samples
+    before = {key: other for i in injections if i.active for key, other in i.in_place.items() if other is not None}
+    for name, parameter in slots.base_parameters(model).items():
+        if name not in samples and not parameter.is_meta:
+            samples[name] = _sample(before.get(name, parameter))
+
+
+def _sample(value: Tensor) -> Tensor:
+    """The first and the last 64 values, in bfloat16 on the CPU; of a sharded tensor without putting it together."""
+    if not hasattr(value, "full_tensor"):
+        flat = value.detach().flatten()
+        return torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
+    count, width = value.numel(), math.prod(value.shape[1:])
+    start, rows, groups = 0, value.shape[0], []
+    for dim, placement in enumerate(value.placements):  # type: ignore[attr-defined]
+        if placement.is_shard(0):
+            mesh = value.device_mesh  # type: ignore[attr-defined]
+            first = min(-(-rows // mesh.size(dim)) * mesh.get_local_rank(dim), rows)
+            start, rows = start + first, min(-(-rows // mesh.size(dim)), rows - first)
+            groups.append(mesh.get_group(dim))
+        elif not placement.is_replicate():
+            return _sample(slots.whole(value))
+    positions = torch.tensor([*range(min(64, count)), *range(max(0, count - 64), count)], device=value.device)
+    own = value.to_local().detach().flatten()  # type: ignore[attr-defined]
+    here = (positions >= start * width) & (positions < start * width + own.numel())
+    sample = torch.zeros(len(positions), dtype=own.dtype, device=own.device)
+    sample[here] = own[positions[here] - start * width]
+    for group in groups:  # each position has one owner, the others add zero
+        torch.distributed.all_reduce(sample, group=group)
+    return sample.to("cpu", torch.bfloat16)
 
 
 def check_base(here: Mapping[str, Any], there: Mapping[str, Any] | None, source: str) -> None:

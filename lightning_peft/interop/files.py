@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, get_method, inject, unload
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
+from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
 from lightning_peft.interop import hf_peft
 
@@ -35,6 +37,8 @@ _METADATA = "lightning_peft"
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     """Write adapter ``name`` of ``model`` to ``folder``; each file is complete or not there at all.
 
+    Of a model that is sharded over several ranks, the first one writes; all of them have to call this.
+
     Args:
         model: the model that was given to `inject`, or a LightningModule with it inside.
         folder: made if it does not exist; an adapter that is there already is replaced.
@@ -47,7 +51,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         AdapterError: there is no such adapter, it is merged, or it holds NaN or infinite values.
     """
     folder, model = Path(folder), adapted_root(model)
-    state = {key: value.detach() for key, value in adapter_state(model, name).items()}
+    state = {key: whole(value.detach()) for key, value in adapter_state(model, name).items()}
+    if is_sharded(model) and torch.distributed.get_rank() > 0:
+        return folder
     check_finite(state, AdapterError)
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}

@@ -6,8 +6,6 @@ are there are averaged over the ranks, where torch's wrapper does it too: before
 unscaled and clipped.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -19,19 +17,19 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from lightning_peft.engine import AdapterError, Method
 from lightning_peft.engine.inject import has_record
 from lightning_peft.engine.slots import is_slot
 from lightning_peft.interop.files import adapted_root
+from lightning_peft.strategies.averaging import AveragingStrategy
 from lightning_peft.strategies.injecting import InjectingStrategy
-from lightning_peft.strategies.ranks import average_gradients, check_same_start
+from lightning_peft.strategies.ranks import check_same_start
 
 
-class PEFTDDPStrategy(InjectingStrategy, DDPStrategy):
+class PEFTDDPStrategy(AveragingStrategy, InjectingStrategy, DDPStrategy):
     """Data parallel training in which the frozen base is not sent, and what trains may change from step to step.
 
     All ranks have to start from the same model; that is checked, not brought about. Running statistics of normalisation
@@ -84,8 +82,6 @@ class PEFTDDPStrategy(InjectingStrategy, DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self._blocked = False
-        self._trained: bytes | None = None  # which parameters trained at the last average
 
     def setup(self, trainer: Trainer) -> None:
         """As in ``DDPStrategy``, without its wrapper and without its broadcast."""
@@ -113,36 +109,3 @@ class PEFTDDPStrategy(InjectingStrategy, DDPStrategy):
                 f"{adapted[0]!r}, and the adapters would be without effect. Leave sync_batchnorm out, or those layers "
                 "with exclude_modules."
             )
-
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """While it lasts, gradients stay as each rank has computed them."""
-        before, self._blocked = self._blocked, True
-        try:
-            yield
-        finally:
-            self._blocked = before
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As in ``Strategy``, with the gradients averaged before anybody is told that they are there."""
-        module: Any = self.lightning_module
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-        if not self._blocked and self.world_size > 1:
-            self._average(module)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
-        self.post_backward(closure_loss)
-        return closure_loss
-
-    def _average(self, module: nn.Module) -> None:
-        parameters = list(module.parameters())
-        trained = bytes(p.requires_grad for p in parameters)
-        average_gradients(parameters, check=trained != self._trained, others=running_statistics(module))
-        self._trained = trained
-
-
-def running_statistics(module: nn.Module) -> list[Tensor]:
-    """Those of the normalisation layers below ``module`` that move, because the layer is in training mode."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
-    return [t for m in layers for t in (m.running_mean, m.running_var) if t is not None]

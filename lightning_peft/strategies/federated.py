@@ -20,7 +20,8 @@ from lightning_peft.engine import AdapterError, Method, adapters_of, check_range
 from lightning_peft.engine.errors import nearest
 from lightning_peft.interop.files import adapted_root
 from lightning_peft.strategies.aggregation import lora_fair, weighted_mean
-from lightning_peft.strategies.ddp import PEFTDDPStrategy, running_statistics
+from lightning_peft.strategies.averaging import running_statistics
+from lightning_peft.strategies.ddp import PEFTDDPStrategy
 from lightning_peft.strategies.ranks import gather
 
 Aggregation = Literal["fedavg", "ffa-lora", "lora-fair"]

@@ -27,6 +27,7 @@ def check_same_start(module: nn.Module) -> None:
     here = {
         name: (tuple(t.shape), str(t.dtype), t.requires_grad, _hash(t, whole=t.requires_grad or id(t) in injected))
         for name, t in (*module.named_parameters(), *module.named_buffers())
+        if not hasattr(t, "full_tensor")  # a shard is another one on each rank
     }
     there: list[dict[str, Facts]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(there, here)
