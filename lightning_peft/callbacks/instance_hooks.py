@@ -19,7 +19,7 @@ def around(module: nn.Module, hook: str, then: Callable[[Any, dict[str, Any]], N
     Wrapping the same hook with the same function again changes nothing.
     """
     previous = module.__dict__.get(hook)
-    if getattr(previous, "then", None) is then:
+    if _runs(previous, then):
         return
 
     def wrapper(self: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -31,8 +31,7 @@ def around(module: nn.Module, hook: str, then: Callable[[Any, dict[str, Any]], N
             then(self, checkpoint)
             own(checkpoint)
 
-    wrapper.__name__, wrapper.then = hook, then  # type: ignore[attr-defined]
-    module.__dict__[hook] = MethodType(wrapper, module)
+    _hang(wrapper, module, hook, then)
 
 
 def within(
@@ -47,7 +46,7 @@ def within(
     context again changes nothing.
     """
     previous = module.__dict__.get(hook)
-    if getattr(previous, "context", None) is context:
+    if _runs(previous, context):
         return
 
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -60,16 +59,16 @@ def within(
         with context(self):
             return own(*args, **kwargs)
 
-    wrapper.__name__, wrapper.context, wrapper.previous = hook, context, previous  # type: ignore[attr-defined]
+    wrapper.previous = previous  # type: ignore[attr-defined]
     if is_overridden(hook, module):
         wrapper.__wrapped__ = getattr(module, hook)  # type: ignore[attr-defined]  # Lightning asks for its arguments
-    module.__dict__[hook] = MethodType(wrapper, module)
+    _hang(wrapper, module, hook, context)
 
 
 def unwrap(module: nn.Module, hook: str, context: Callable[[Any], AbstractContextManager[Any]]) -> None:
     """Take off what `within` put around ``module.<hook>`` with this context, if it is there."""
     wrapper: Any = module.__dict__.get(hook)
-    if getattr(wrapper, "context", None) is context:
+    if _runs(wrapper, context):
         del module.__dict__[hook]
         if wrapper.previous is not None:
             module.__dict__[hook] = wrapper.previous
@@ -86,3 +85,14 @@ def after(
         then(self)
 
     within(module, hook, context, once)
+
+
+def _hang(wrapper: Any, module: nn.Module, hook: str, what: Any) -> None:
+    wrapper.__name__, wrapper.runs = hook, (wrapper, what)
+    module.__dict__[hook] = MethodType(wrapper, module)
+
+
+def _runs(method: Any, what: Any) -> bool:
+    """Whether ``method`` is a wrapper of ours for ``what``, and not one around it that took over its attributes."""
+    wrapper, own = getattr(method, "runs", (None, None))
+    return own is what and wrapper is method.__func__

@@ -165,7 +165,8 @@ class HostedMethod(Method):
     def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:  # noqa: D102
         return self.host.learning_rate_ratio(adapter, parameter)
 
-    def num_trainable(self, target: Target) -> int:  # noqa: D102
+    def num_trainable(self, target: Target) -> int:
+        """As many as in the other method."""
         return self.host.num_trainable(target)
 
 
