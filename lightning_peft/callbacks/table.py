@@ -46,7 +46,9 @@ def adapter_table(model: nn.Module, name: str = "default") -> Table:
     for path, module in left:
         groups[collapsed(path), base_class(module).__name__, "none fits"].append(0)
     trainable, total = trainable_share(model)
-    table = Table(title=f"PEFT {name!r}: {injection.method}", title_justify="left", show_footer=True)
+    caption = "Which of these train changes from step to step." if injection.method.switches else None
+    title = f"PEFT {name!r}: {injection.method}"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_footer=True)
     table.add_column("Layers", footer="all trainable parameters")
     table.add_column("Count", justify="right")
     table.add_column("Base")

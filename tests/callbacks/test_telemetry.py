@@ -120,3 +120,9 @@ def test_a_picture_of_nothing_is_an_error(tmp_path: Path) -> None:
     quiet = trainer(tmp_path, PEFT(LoRA(r=2), summary=False), TelemetryPicture(str(tmp_path / "p.png")), max_epochs=1)
     with pytest.raises(AdapterError, match=r"nothing to draw. .*telemetry=True"):
         quiet.fit(module, data())
+
+
+def test_the_table_says_that_what_trains_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in (LISA(n_layers=1), LoRA(r=2)):
+        trainer(tmp_path, PEFT(method), fast_dev_run=True).fit(LitStack(), data())
+        assert ("changes from step to step" in capsys.readouterr().out) == method.switches
