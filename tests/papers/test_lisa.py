@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from lightning_peft import LISA, AdapterError, FullFineTuning, inject
-from lightning_peft.engine import TargetError
-from tests.papers.stack import stack, steps, trainable_blocks
+from lightning_peft.engine import TargetError, notify
+from tests.papers.stack import loss, stack, steps, trainable_blocks
 
 
 def adamw(model: nn.Module) -> AdamW:
@@ -68,6 +68,14 @@ def test_the_optimizer_holds_the_moments_of_active_blocks_alone() -> None:
         held = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in optimizer.state.values())
         assert held == 2 * (always + 2 * block)
         assert sum(p.grad is not None for p in model.parameters()) == 0
+
+
+def test_a_block_that_is_frozen_leaves_no_gradient_behind() -> None:
+    model = inject(stack(), LISA(n_layers=1, interval_steps=1))
+    loss(model, 0).backward()  # a loop that clears gradients later
+    notify(model, "on_train_batch_start", adamw(model), step=0)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (p.grad is not None), name
 
 
 def test_keep_lets_the_moments_grow_to_those_of_full_fine_tuning() -> None:

@@ -74,6 +74,18 @@ def test_active_blocks_train_in_projected_form_and_forget() -> None:
         assert held == {f for f in factors if f.rpartition(".adapters")[0] in inside} | vectors | outside
 
 
+def test_full_gradients_are_made_when_blocks_are_drawn_and_when_directions_are_due() -> None:
+    model = inject(stack(), owlore(interval_steps=3, update_proj_gap=4))
+    full: list[int] = []
+
+    def note(step: int) -> None:
+        if any(module.weight.requires_grad for _, module, _ in adapters_of(model)):
+            full.append(step)
+
+    steps(model, AdamW(model.parameters()), 0, 12, note)
+    assert full == [0, 3, 4, 6, 8, 9]
+
+
 def test_a_loop_without_a_loss_is_told_what_to_do() -> None:
     model = inject(stack(), owlore())
     with pytest.raises(AdapterError, match=r"OwLore measures the loss .* loss=lambda"):
