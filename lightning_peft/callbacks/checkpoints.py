@@ -53,7 +53,7 @@ def on_save(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     trainer: Any = getattr(module, "_trainer", None)
     if "optimizer_states" in checkpoint and trainer is not None:
         facts["optimizer_param_names"] = [names_in(module, optimizer) for optimizer in trainer.optimizers]
-    _warn_once_of_nan(module, checkpoint["state_dict"], saving)
+    _warn_once_of_nan(module, checkpoint, saving)
     if saving.what == "adapter":
         base = base_tensors(module)
         for holder, key in _model_states(checkpoint):
@@ -273,11 +273,13 @@ def _check_own(module: nn.Module, state: Mapping[str, Tensor], names: Iterable[s
     )
 
 
-def _warn_once_of_nan(module: nn.Module, state: Mapping[str, Tensor], saving: Saving) -> None:
+def _warn_once_of_nan(module: nn.Module, checkpoint: Mapping[str, Any], saving: Saving) -> None:
     if saving.warned:
         return
+    state = checkpoint["state_dict"]
     try:
         check_finite({key: state[key] for key in _own_tensors(module) if key in state}, AdapterFileError)
     except AdapterFileError as error:
         saving.warned = True
-        rank_zero_warn(f"the checkpoint that is being written will be refused when it is loaded: {error}")
+        step = checkpoint.get("global_step", "?")
+        rank_zero_warn(f"the checkpoint of step {step} will be refused when it is loaded: {error}")

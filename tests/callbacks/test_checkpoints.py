@@ -539,6 +539,7 @@ def test_a_diverged_run_is_told_of_once_when_it_saves_and_refused_when_it_loads(
     fit(tmp_path, Lit(), peft(), Diverges(), every, max_epochs=3, enable_checkpointing=True)
     told = [str(w.message) for w in recwarn if "NaN" in str(w.message)]
     assert len(told) == 1
+    assert "checkpoint of step 6 " in told[0]
     assert "net.q_proj.adapters.default.lora_A holds NaN" in told[0] or "lora_B holds NaN" in told[0]
     with pytest.raises(AdapterFileError, match=r"tensors are NaN or infinite: net\..*lora_"):
         fit(tmp_path, Lit(), ckpt_path=tmp_path / "last.ckpt")
