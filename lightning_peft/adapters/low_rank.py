@@ -1,6 +1,7 @@
 """Low-rank products: a weight change B A of rank r, for linear, convolution and embedding layers."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,17 @@ class LowRank(Adapter):
         y = layer(x)
         return y + _cast(self.product(x, layer), y.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The two factors of the delta: (n, d_in, ...) and (d_out, n), the scaling in the second."""
+        return self.lora_A, self.scaling * self.lora_B
+
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d_out) for x (..., d_in)."""
-        down = self.lora_A
-        h = F.linear(self.drop(_cast(x, down.dtype)), down)  # (..., r)
-        return F.linear(h, self.scaling * self.lora_B)
+        return self.through(self.drop(_cast(x, self.lora_A.dtype)), layer, *self.factors())
+
+    def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor) -> Tensor:
+        """``x`` through two factors; (..., d_out) for x (..., d_in)."""
+        return F.linear(F.linear(x, down), up)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout, in training only."""
@@ -54,11 +61,16 @@ class LowRank(Adapter):
 
     def delta(self) -> Tensor:
         """(d_out, d_in, ...)."""
-        return (self.scaling * self.lora_B @ self.lora_A.flatten(1)).unflatten(1, self.lora_A.shape[1:])
+        return dense(*self.factors())
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W + scaling * B A."""
+        """W + the delta."""
         return weight + self.delta(), bias
+
+
+def dense(down: Tensor, up: Tensor) -> Tensor:
+    """The product (d_out, d_in, ...) of factors (n, d_in, ...) and (d_out, n)."""
+    return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,14 +83,13 @@ class LowRankConv(LowRank):
     With groups, all of them share A (r, c_in / groups, ...), which any r allows and depthwise layers need.
     """
 
-    def product(self, x: Tensor, layer: Layer) -> Tensor:
-        """The change of the output alone, scaled; (N, c_out, ...) for x (N, c_in, ...)."""
+    def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor) -> Tensor:
+        """``x`` through two factors; (N, c_out, ...) for x (N, c_in, ...)."""
         conv = layer.module
-        down = self.lora_A.repeat(conv.groups, *[1] * (self.lora_A.dim() - 1))
-        h = conv._conv_forward(self.drop(x.to(down.dtype)), down, None)
-        up = (self.scaling * self.lora_B)[(..., *[None] * (self.lora_A.dim() - 2))]
-        one_by_one = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[self.lora_A.dim()]
-        return one_by_one(h, up, groups=conv.groups)
+        spatial = down.dim() - 2
+        h = conv._conv_forward(x, down.repeat(conv.groups, *[1] * (down.dim() - 1)), None)
+        one_by_one = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
+        return one_by_one(h, up[(..., *[None] * spatial)], groups=conv.groups)
 
 
 class LowRankEmbedding(LowRank):
@@ -91,5 +102,50 @@ class LowRankEmbedding(LowRank):
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d) for indices x (...)."""
-        h = F.embedding(x, self.lora_A.T, padding_idx=layer.module.padding_idx)
-        return F.linear(self.drop(h), self.scaling * self.lora_B)
+        down, up = self.factors()
+        h = F.embedding(x, down.T, padding_idx=layer.module.padding_idx)
+        return F.linear(self.drop(h), up)
+
+
+class Recentred(LowRank):
+    """``delta = scaling * (B A - B_0 A_0)``: a product that starts at ``start`` and acts as if it started at zero.
+
+    The papers take the first product out of the weight (W <- W - scaling B_0 A_0) and add the trained one. That is the
+    same function with the same gradients. Keeping B_0 A_0 beside it instead leaves the base bit for bit as it is, in
+    any precision, and makes the start exact; it costs a second pair of thin products, which is not trained.
+
+    ``start(weight, r, generator)`` gives A_0 (r, d_in) and B_0 (d_out, r) for a weight (d_out, d_in), not scaled yet:
+    the product is what is to be taken out.
+    """
+
+    start: Callable[[Tensor, int, torch.Generator], tuple[Tensor, Tensor]]
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, target: Target, r: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(target, r, scaling, dropout)
+        self.register_buffer("start_A", torch.zeros_like(self.lora_A))
+        self.register_buffer("start_B", torch.zeros_like(self.lora_B))
+
+    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
+        """Both pairs at the start."""
+        weight = layer.weight.detach().flatten(1).to(self.lora_A.dtype)
+        A, B = self.start(weight, len(self.lora_A), generator)
+        self.lora_A.copy_(A.view_as(self.lora_A) / self.scaling.sqrt())
+        self.lora_B.copy_(B / self.scaling.sqrt())
+        self.start_A.copy_(self.lora_A)
+        self.start_B.copy_(self.lora_B)
+
+    def product(self, x: Tensor, layer: Layer) -> Tensor:
+        """The change of the output alone: what goes through the trained pair, less what goes through the first."""
+        x = self.drop(_cast(x, self.lora_A.dtype))
+        first = self.through(x, layer, self.start_A, self.scaling * self.start_B)
+        return self.through(x, layer, *self.factors()) - first
+
+    def delta(self) -> Tensor:
+        """(d_out, d_in, ...)."""
+        return super().delta() - dense(self.start_A, self.scaling * self.start_B)
+
+
+class RecentredConv(Recentred, LowRankConv):
+    """The same for convolutions; the weight is flattened to (c_out, c_in / groups * kernel) for the start."""

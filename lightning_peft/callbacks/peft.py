@@ -16,7 +16,7 @@ import lightning as L
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints, checks
@@ -209,7 +209,8 @@ class PEFT(L.Callback):
         if id(optimizer) not in self._stepped:
             self._stepped.add(id(optimizer))
             checks.check_gradients(adapted_root(pl_module), optimizer)
-        self._notify("on_before_optimizer_step", trainer, pl_module)
+        penalties = self._notify("on_before_optimizer_step", trainer, pl_module)
+        pl_module.log_dict({f"{PREFIX}/{key}": value for key, value in penalties.items()})
         self._log_telemetry(trainer, pl_module)
 
     def _log_telemetry(self, trainer: Any, module: L.LightningModule) -> None:
@@ -218,11 +219,11 @@ class PEFT(L.Callback):
             measured = {f"{PREFIX}/{key}": value for key, value in self._telemetry.measure().items()}
             module.log_dict(measured, on_step=True, on_epoch=False)
 
-    def _notify(self, event: Event, trainer: L.Trainer, module: L.LightningModule, **now: Any) -> None:
+    def _notify(self, event: Event, trainer: L.Trainer, module: L.LightningModule, **now: Any) -> dict[str, Tensor]:
         root = adapted_root(module)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
         now |= {"step": trainer.global_step, "epoch": trainer.current_epoch, "average": average}
-        notify(root, event, trainer.optimizers, self.methods.keys(), **now)
+        return notify(root, event, trainer.optimizers, self.methods.keys(), **now)
 
     def _hold_statistics(self, root: nn.Module) -> None:
         self._release_statistics()

@@ -79,6 +79,13 @@ class Method(ABC):
     def on_after_optimizer_step(self, training: "Training") -> None:  # noqa: B027
         """Behind each step that was taken."""
 
+    def penalties(self, training: "Training") -> dict[str, Tensor]:
+        """Name -> scalar that is added to the loss, weighted; of the parameters alone.
+
+        Its gradient is added once for each optimizer step, when the gradients of the loss are complete.
+        """
+        return {}
+
     def num_trainable(self, target: Target) -> int:
         """Trainable numbers that the adapter of ``target`` has, by the formula of the paper."""
         raise NotImplementedError

@@ -97,8 +97,11 @@ def notify(
     optimizers: Optimizer | Sequence[Optimizer],
     names: Collection[str] | None = None,
     **now: Any,
-) -> None:
+) -> dict[str, Tensor]:
     """Tell an event to the methods in ``model`` whose adapters are active, in the order of injection.
+
+    With ``"on_before_optimizer_step"``, the gradients of their penalties are added first: once for each step, however
+    many batches it has.
 
     Args:
         model: the module that was given to `inject`.
@@ -107,8 +110,28 @@ def notify(
         optimizers: one, or all that step.
         names: of the adapters to tell; all by default.
         now: ``step``, ``epoch``, ``loss`` and ``average`` of `Training`.
+
+    Returns:
+        Name -> value of the penalties that were added.
     """
     several = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    added: dict[str, Tensor] = {}
     for name, injection in record_of(model).injections.items():
         if injection.active and (names is None or name in names):
-            getattr(injection.method, event)(Training(model, name, several, **now))
+            training = Training(model, name, several, **now)
+            if event == "on_before_optimizer_step":
+                added |= {f"{name}/{key}": value for key, value in _penalize(training).items()}
+            getattr(injection.method, event)(training)
+    return added
+
+
+def _penalize(training: Training) -> dict[str, Tensor]:
+    """Add the gradients of the penalties of a method; not by ``backward``, which wrappers of the model listen to."""
+    penalties = training.injection.method.penalties(training)
+    trained = [p for p in training.parameters().values() if p.requires_grad] if penalties else []
+    if trained:
+        gradients = torch.autograd.grad(sum(penalties.values()), trained, allow_unused=True)  # type: ignore[arg-type]
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return {key: value.detach() for key, value in penalties.items()}

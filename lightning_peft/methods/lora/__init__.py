@@ -3,3 +3,5 @@
 from .dora import DoRA as DoRA
 from .lora import LoRA as LoRA
 from .loraplus import LoRAPlus as LoRAPlus
+from .pissa import PiSSA as PiSSA
+from .soma import SoMA as SoMA

@@ -25,7 +25,7 @@ class LoRA(TargetedMethod):
 
     Args:
         r: rank of the update; trainable numbers per layer: r * (d_in + d_out).
-        alpha: numerator of ``scaling``.
+        alpha: numerator of ``scaling``; None makes it 1.
         dropout: probability of dropping an input feature of the update, in training only.
         use_rslora: ``scaling = alpha / sqrt(r)`` in place of ``alpha / r``, so that large ranks learn as fast.
         rank_pattern: pattern -> rank of the layers it selects, in place of ``r``; the first that matches counts.
@@ -60,7 +60,7 @@ class LoRA(TargetedMethod):
     }
 
     r: int = 8
-    alpha: float = 16.0
+    alpha: float | None = 16.0
     dropout: float = 0.0
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class LoRA(TargetedMethod):
         for r in (self.r, *self.rank_pattern.values()):
             check_range(who, "r", r, isinstance(r, int) and r >= 1, "an integer >= 1")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            check_range(who, "alpha", alpha, alpha > 0, "above 0")
+            check_range(who, "alpha", alpha, alpha is None or alpha > 0, "above 0")
         check_range(who, "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
     def targets(self, model: nn.Module) -> list[Target]:
@@ -93,7 +93,7 @@ class LoRA(TargetedMethod):
     def scaling(self, target: Target) -> float:
         """The factor of the update of ``target``."""
         alpha = next((a for pattern, a in self.alpha_pattern.items() if matches(pattern, target.name)), self.alpha)
-        return alpha / self.rank(target) ** (0.5 if self.use_rslora else 1)
+        return 1.0 if alpha is None else alpha / self.rank(target) ** (0.5 if self.use_rslora else 1)
 
     def adapter(self, target: Target) -> Adapter:
         """A low-rank product of the shape of ``target``."""

@@ -1,0 +1,31 @@
+"""Singular values and vectors of weights, all of them or the leading ones."""
+
+import torch
+from torch import Tensor
+
+
+def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d_out, k), descending values (k,) and V^T (k, d_in), with k = min(d_out, d_in)."""
+    return torch.linalg.svd(weight, full_matrices=False)
+
+
+def leading_svd(weight: Tensor, r: int, niter: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``r`` triplets: U (d_out, r), values (r,), V^T (r, d_in).
+
+    Args:
+        weight: (d_out, d_in).
+        r: how many.
+        niter: None for the exact ones; else approximate ones, from a random subspace that is refined as often (Halko
+            et al., 2011), at a fraction of the time.
+        generator: of the random subspace, on the CPU.
+    """
+    if niter is None:
+        U, values, Vh = svd(weight)
+        return U[:, :r], values[:r], Vh[:r]
+    more = min(r + 8, *weight.shape)  # a few directions more make the last ones sharper
+    random = torch.randn(weight.shape[1], more, generator=generator).to(weight)
+    Q = torch.linalg.qr(weight @ random).Q
+    for _ in range(niter):
+        Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
+    U, values, Vh = svd(Q.T @ weight)
+    return (Q @ U)[:, :r], values[:r], Vh[:r]
