@@ -161,11 +161,13 @@ class PEFT(L.Callback):
         checks.check_precision(pl_module)
         average_what_trains(trainer, pl_module)
         self._restore_optimizers_by_name(trainer, pl_module)
+
+        def told(*_: Any) -> None:
+            self._notify("on_after_optimizer_step", trainer, pl_module)
+
         for optimizer in trainer.optimizers:
             scale_in_step(optimizer)
-            stepped = optimizer.register_step_post_hook(
-                lambda *_: self._notify("on_after_optimizer_step", trainer, pl_module)
-            )
+            stepped = optimizer.register_step_post_hook(told)
             self._while_training.enter_context(stepped)
         self._told = None
         self._place.on_fit_start()
