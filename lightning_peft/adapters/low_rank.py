@@ -47,6 +47,15 @@ class LowRank(Adapter):
         """The two factors of the delta: (n, d_in, ...) and (d_out, n), the scaling in the second."""
         return self.lora_A, self.scaling * self.lora_B
 
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """Factors of the whole change, as `factors`, for a plain low-rank adapter that computes the same."""
+        return self.factors()
+
+    @property
+    def plain_class(self) -> "type[LowRank]":
+        """The plain low-rank adapter for this kind of layer."""
+        return next(cls for cls in (LowRankEmbedding, LowRankConv, LowRank) if isinstance(self, cls))
+
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d_out) for x (..., d_in)."""
         return self.through(self.drop(_cast(x, self.lora_A.dtype)), layer, *self.factors())
@@ -141,6 +150,11 @@ class Recentred(LowRank):
         x = self.drop(_cast(x, self.lora_A.dtype))
         first = self.through(x, layer, self.start_A, self.scaling * self.start_B)
         return self.through(x, layer, *self.factors()) - first
+
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """The trained pair beside the first one, which is taken off."""
+        down, up = self.factors()
+        return torch.cat([down, self.start_A]), torch.cat([up, -self.scaling * self.start_B], dim=1)
 
     def delta(self) -> Tensor:
         """(d_out, d_in, ...)."""

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_peft.engine import AdapterError, AdapterFileError, Method, get_method, inject, unload
+from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
 from lightning_peft.interop import hf_peft
+from lightning_peft.interop.as_lora import as_lora as plain_lora
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -34,7 +35,7 @@ FORMAT = 1
 _METADATA = "lightning_peft"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, as_lora: bool = False) -> Path:
     """Write adapter ``name`` of ``model`` to ``folder``; each file is complete or not there at all.
 
     Of a model that is sharded over several ranks, the first one writes; all of them have to call this.
@@ -43,12 +44,15 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         model: the model that was given to `inject`, or a LightningModule with it inside.
         folder: made if it does not exist; an adapter that is there already is replaced.
         name: which adapter.
+        as_lora: write the plain LoRA on the original base that computes the same, for servers that know no other
+            method; for low-rank changes of weights. A method that starts at a part of the weight doubles its rank.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: there is no such adapter, it is merged, or it holds NaN or infinite values.
+        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, or it is no low-rank
+            change and ``as_lora`` is asked for.
     """
     folder, model = Path(folder), adapted_root(model)
     state = {key: whole(value.detach()) for key, value in adapter_state(model, name).items()}
@@ -57,10 +61,13 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     check_finite(state, AdapterError)
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
-    method = record_of(model).injections[name].method
+    method: Method = record_of(model).injections[name].method
+    found = adapters_of(inner, name)
+    if as_lora:
+        method, found, state = plain_lora(found, state)
     facts = describe(method) | {"base": fingerprint(model, prefix, [name])}
     try:
-        config, tensors = hf_peft.to_peft(inner, method, name, state)
+        config, tensors = hf_peft.to_peft(inner, method, found, state)
         facts["layout"] = "peft"
     except AdapterFileError as reason:
         config, tensors = facts, state

@@ -70,7 +70,7 @@ def tensor_names(path: str, module: nn.Module, adapter: Adapter) -> dict[str, tu
 
 
 def to_peft(
-    model: nn.Module, method: Method, name: str, state: Mapping[str, Tensor]
+    model: nn.Module, method: Method, found: list[tuple[str, nn.Module, Adapter]], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors as HF PEFT writes them.
 
@@ -80,7 +80,6 @@ def to_peft(
     if type(method) not in CONFIGS:
         raise AdapterFileError(f"HF PEFT has no counterpart of {type(method).__name__}.")
     tensors, left = {}, dict(state)
-    found = adapters_of(model, name)
     for path, module, adapter in found:
         prefix = f"{path}.{adapter.site.key('adapters')}."
         for ours, (key, shape) in tensor_names(path, module, adapter).items():
@@ -158,12 +157,13 @@ def _lora_config(method: LoRA, found: list[tuple[str, nn.Module, Adapter]]) -> d
     ranks = {path: adapter.lora_A.shape[0] for path, _, adapter in found}  # type: ignore[index]
     power = 0.5 if method.use_rslora else 1
     alphas = {path: round(float(adapter.scaling) * ranks[path] ** power, 6) for path, _, adapter in found}  # type: ignore[arg-type]
+    alpha = method.r**power if method.alpha is None else method.alpha
     return {
         "peft_type": "LORA",
         "r": method.r,
-        "lora_alpha": method.alpha,
+        "lora_alpha": alpha,
         "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != method.r},
-        "alpha_pattern": {re.escape(path): a for path, a in alphas.items() if abs(a - method.alpha) > 1e-4},
+        "alpha_pattern": {re.escape(path): a for path, a in alphas.items() if abs(a - alpha) > 1e-4},
         "lora_dropout": method.dropout,
         "use_rslora": method.use_rslora,
         "use_dora": isinstance(method, DoRA),

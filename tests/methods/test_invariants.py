@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import disabled, load_adapter, merge, save_adapter, set_active, set_trainable, unload, unmerge
+from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.engine import (
     METHODS,
     AdapterError,
@@ -165,6 +166,20 @@ def test_files_carry_the_whole_adapter(method: Method, x: Tensor, tmp_path: Path
     loaded = load_adapter(tiny(), save_adapter(model, tmp_path))
     assert torch.equal(loaded(x), model(x))
     assert_unchanged(loaded, snapshot(model))
+
+
+@every_example
+def test_a_low_rank_change_is_saved_as_plain_lora(method: Method, x: Tensor, tmp_path: Path) -> None:
+    model = adapted(method)
+    found = [adapter for _, _, adapter in adapters_of(model)]
+    low_rank = all(isinstance(a, LowRank) and type(a).merged is LowRank.merged for a in found)
+    if not found or not low_rank or not method.keeps_base:
+        if found:
+            with pytest.raises(AdapterError, match="cannot be saved as LoRA"):
+                save_adapter(model, tmp_path, as_lora=True)
+        return
+    loaded = load_adapter(tiny(), save_adapter(model, tmp_path, as_lora=True))
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @every_example
