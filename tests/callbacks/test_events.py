@@ -191,3 +191,39 @@ def test_a_norm_is_given_back_in_training_mode(tmp_path: Path) -> None:
     module = Lit()
     trainer(tmp_path, PEFT(LPFT(lp_epochs=1, head="head"), summary=False), max_epochs=1).fit(module, loader(), loader())
     assert all(m.training for m in module.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+class Penalized(LoRA):
+    """Half the square of every trained number; not registered."""
+
+    name: ClassVar[str] = "penalized"
+
+    def penalties(self, training: Training) -> dict[str, Tensor]:
+        return {"decay": 0.5 * sum(p.square().sum() for p in training.parameters().values())}  # type: ignore[dict-item]
+
+
+class Gradients(L.Callback):
+    """What the optimizer is given, and the parameters at the time."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, tuple[Tensor, Tensor]]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        trained = [(n, p) for n, p in pl_module.named_parameters() if p.requires_grad]
+        self.seen.append({n: (p.detach().clone(), p.grad.clone()) for n, p in trained})
+
+
+@pytest.mark.parametrize("module", [Lit, ByHand])
+def test_a_penalty_reaches_the_gradient_once_for_each_step_and_is_logged(module: type[Lit], tmp_path: Path) -> None:
+    seen, logged = {}, {}
+    accumulate = {} if module is ByHand else {"accumulate_grad_batches": 3}
+    for method in (LoRA(r=2), Penalized(r=2)):
+        torch.manual_seed(0)
+        gradients = Gradients()
+        made = trainer(tmp_path, PEFT(method, summary=False), gradients, max_steps=1, **accumulate)
+        made.fit(module(), loader(), loader())
+        seen[type(method)], logged = gradients.seen[0], made.callback_metrics
+    for name, (value, plain) in seen[LoRA].items():
+        torch.testing.assert_close(seen[Penalized][name][1], plain + value)
+    whole = sum(value.square().sum() for value, _ in seen[LoRA].values())
+    assert logged["peft/default/decay"] == pytest.approx(0.5 * float(whole))
