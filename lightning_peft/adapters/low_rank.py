@@ -139,8 +139,12 @@ class Recentred(LowRank):
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """Both pairs at the start."""
         weight = layer.weight.detach().flatten(1).to(self.lora_A.dtype)
-        A, B = self.start(weight, len(self.lora_A), generator)
-        self.lora_A.copy_(A.view_as(self.lora_A) / self.scaling.sqrt())
+        self.restart(*self.start(weight, len(self.lora_A), generator))
+
+    @torch.no_grad()
+    def restart(self, A: Tensor, B: Tensor) -> None:
+        """Start at the product of A (r, d_in) and B (d_out, r), which is what is taken out, not scaled yet."""
+        self.lora_A.copy_(A.reshape(self.lora_A.shape) / self.scaling.sqrt())
         self.lora_B.copy_(B / self.scaling.sqrt())
         self.start_A.copy_(self.lora_A)
         self.start_B.copy_(self.lora_B)

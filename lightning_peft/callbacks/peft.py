@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lightning_peft.callbacks import checkpoints, checks
 from lightning_peft.callbacks.activation_checkpointing import inputs_require_grad
 from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
+from lightning_peft.callbacks.calibrating import calibrate_on_training_data
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_peft.callbacks.instance_hooks import after, around, unwrap, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
@@ -37,6 +38,7 @@ from lightning_peft.engine import (
     TargetError,
     Training,
     adapters_of,
+    check_range,
     get_method,
     inject,
     notify,
@@ -71,6 +73,7 @@ class PEFT(L.Callback):
             base too; ``"merged"``, weights for a model without adapters, which cannot be resumed.
         telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
             of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
+        calibration_batches: batches of the training data that methods measure their start on, those that do.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.
@@ -89,11 +92,13 @@ class PEFT(L.Callback):
         summary: bool = True,
         save: checkpoints.Save = "adapter",
         telemetry: bool = False,
+        calibration_batches: int = 8,
     ) -> None:
         if save not in get_args(checkpoints.Save):
             raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
-        self.save, self.telemetry = save, telemetry
+        self.save, self.telemetry, self.calibration_batches = save, telemetry, calibration_batches
+        check_range("PEFT", "calibration_batches", calibration_batches, calibration_batches >= 1, "at least 1")
         self._telemetry: Telemetry | None = None
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
@@ -284,6 +289,8 @@ class PEFT(L.Callback):
         if last and self._to_load is not None:
             load_adapter(module, self._to_load, self.name)
             self._to_load = None
+        if last:
+            calibrate_on_training_data(module, self.methods, self.calibration_batches)
         if last and self.save == "merged":
             checkpoints.check_can_merge(module)
 

@@ -14,8 +14,10 @@ from torchmetrics import Metric
 from lightning_peft.engine import AdapterError
 
 
-def batch_loss(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """What ``training_step`` answers for ``batch``, in evaluation mode and without gradients; nothing else changes.
+def batch_loss(
+    trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, gradients: bool = False
+) -> Tensor:
+    """What ``training_step`` answers for ``batch`` in evaluation mode, with a graph or without; nothing else changes.
 
     Raises:
         AdapterError: ``training_step`` optimizes by itself, or returns no loss.
@@ -27,7 +29,7 @@ def batch_loss(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_
         )
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     arguments = (batch, batch_idx) if takes_index else (batch,)
-    with torch.no_grad(), _without_a_trace(module):
+    with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), _without_a_trace(module):
         answer = trainer.strategy.training_step(*arguments)
     loss = answer.get("loss") if isinstance(answer, dict) else answer
     if not isinstance(loss, Tensor):

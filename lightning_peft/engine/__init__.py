@@ -1,5 +1,7 @@
 """The engine: puts adapters into any ``nn.Module`` and takes them out again. Knows torch.nn and nothing else."""
 
+from .calibration import Calibration as Calibration
+from .calibration import calibrate as calibrate
 from .errors import AdapterError as AdapterError
 from .errors import AdapterFileError as AdapterFileError
 from .errors import MergeError as MergeError

@@ -108,7 +108,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     planned = [(target, _new_adapter(method, target, name)) for target in targets]
     readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
     _check_readable(planned, readers_of)
-    state = method.initial_state(model)
+    state = method.initial_state(model) | ({"calibrated": torch.zeros(())} if method.calibrated else {})
 
     # nothing may fail from here on
     record = record_of(model, create=True)

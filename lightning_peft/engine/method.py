@@ -12,6 +12,7 @@ from lightning_peft.engine.slots import Adapter, Kind
 from lightning_peft.engine.targets import Target, is_below, select_modules, select_parameters, select_targets
 
 if TYPE_CHECKING:
+    from lightning_peft.engine.calibration import Calibration
     from lightning_peft.engine.training import Training
 
 Modality = Literal["vision", "text", "diffusion"]
@@ -33,6 +34,7 @@ class Method(ABC):
         keeps_base: a copy of the base value is kept of each parameter trained in place, so that ``disabled`` and
             ``unload`` can give it back.
         switches: which of its parameters require gradients changes while training.
+        calibrated: its start is measured on data.
     """
 
     name: ClassVar[str]
@@ -44,6 +46,7 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = True
     switches: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -69,6 +72,10 @@ class Method(ABC):
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Tensors that the method keeps beside its adapters; saved with them, and resumed."""
         return {}
+
+    def calibrate(self, calibration: "Calibration") -> None:
+        """Measure the start of the adapters on data."""
+        raise NotImplementedError
 
     def on_train_batch_start(self, training: "Training") -> None:  # noqa: B027
         """Before the first batch of each optimizer step."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.engine.calibration import check_calibrated
 from lightning_peft.engine.errors import AdapterError
 from lightning_peft.engine.inject import Injection, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
@@ -118,6 +119,7 @@ def notify(
     added: dict[str, Tensor] = {}
     for name, injection in record_of(model).injections.items():
         if injection.active and (names is None or name in names):
+            check_calibrated(model, name)
             training = Training(model, name, several, **now)
             if event == "on_before_optimizer_step":
                 added |= {f"{name}/{key}": value for key, value in _penalize(training).items()}

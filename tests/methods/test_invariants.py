@@ -18,6 +18,7 @@ from lightning_peft.engine import (
     Method,
     adapter_state,
     adapters_of,
+    calibrate,
     inject,
     load_adapter_state,
     notify,
@@ -40,6 +41,14 @@ def x() -> Tensor:
 def adapted(method: Method, seed: int = 2) -> Tiny:
     """Off the initial point."""
     return moved(inject(tiny(), method), seed)
+
+
+def ready(method: Method, x: Tensor) -> Tiny:
+    """At the start of training; calibrated, if the method measures its start on data."""
+    model = inject(tiny(), method).train()
+    if method.calibrated:
+        calibrate(model, [lambda: model(x).square().mean(), lambda: (model(2 * x) - 1).square().mean()])
+    return model
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -80,7 +89,7 @@ def test_moving_the_adapter_changes_the_output(method: Method, x: Tensor) -> Non
 
 @every_example
 def test_the_loss_falls(method: Method, x: Tensor) -> None:
-    losses = train(inject(tiny(), method).train(), x, steps=20)
+    losses = train(ready(method, x), x, steps=20)
     assert losses[-1] < 0.99 * losses[0]
 
 
@@ -94,7 +103,7 @@ def test_every_trainable_parameter_gets_a_gradient(method: Method, x: Tensor) ->
 
 @every_example
 def test_frozen_parameters_do_not_move(method: Method, x: Tensor) -> None:
-    model = inject(tiny(), method).train()
+    model = ready(method, x)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     train(model, x, steps=3)
     after = dict(model.named_parameters())
@@ -103,7 +112,7 @@ def test_frozen_parameters_do_not_move(method: Method, x: Tensor) -> None:
 
 @every_example
 def test_unload_gives_the_base_back_after_training(method: Method, x: Tensor) -> None:
-    model = inject(tiny(), method).train()
+    model = ready(method, x)
     train(model, x, steps=3)
     if method.keeps_base:
         assert_unchanged(unload(model), snapshot(tiny()))
@@ -288,14 +297,14 @@ def test_the_representation_rebuilds_the_method(method: Method) -> None:
 @every_example
 @pytest.mark.parametrize("k", range(1, 6))
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, k: int, x: Tensor) -> None:
-    through = inject(tiny(), method).train()
+    through = ready(method, x)
     train(through, x, steps=6)
 
-    first = inject(tiny(), method).train()
+    first = ready(method, x)
     optimizer = optimizer_of(first)
     train(first, x, steps=k, optimizer=optimizer)
     saved = copy.deepcopy((adapter_state(first), optimizer.state_dict()))
-    resumed = inject(tiny(), method).train()
+    resumed = ready(method, x)
     load_adapter_state(resumed, saved[0])
     optimizer = optimizer_of(resumed)
     optimizer.load_state_dict(saved[1])

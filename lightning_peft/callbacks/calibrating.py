@@ -1,0 +1,66 @@
+"""Methods that measure their start on data, given the user's own training data before there are optimizers."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.progress import Progress
+from torch import Tensor
+
+from lightning_peft.callbacks.probe import batch_loss
+from lightning_peft.callbacks.resuming import random_state, set_random_state
+from lightning_peft.engine import AdapterError, Method, adapter_state, calibrate, load_adapter_state
+from lightning_peft.engine.calibration import CALIBRATED
+from lightning_peft.engine.inject import record_of
+from lightning_peft.interop.files import adapted_root
+
+
+def calibrate_on_training_data(module: Any, methods: Mapping[str, Method], batches: int) -> None:
+    """Calibrate the adapters that are not yet; not for other stages than ``fit``, nor for a run that goes on.
+
+    Random numbers and the order of the data stay as they are. With several processes all get what the first measured.
+
+    Raises:
+        AdapterError: there is no training data, or what is measured is not finite.
+    """
+    root, trainer = adapted_root(module), module.trainer
+    injections = record_of(root).injections
+    waiting = [n for n in methods if CALIBRATED in injections[n].state and not injections[n].state[CALIBRATED]]
+    if not waiting or trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is not None:
+        return
+    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        module.to(trainer.strategy.root_device)
+    before = random_state()
+    try:
+        data = list(itertools.islice(iter(_training_data(trainer)), batches))
+        if not data:
+            raise AdapterError(f"{', '.join(waiting)}: there is no batch in the training data to measure a start on.")
+        with Progress(transient=True, disable=trainer.progress_bar_callback is None) as progress:
+            task = progress.add_task("Calibrating", total=None)
+
+            def loss(index: int, batch: Any) -> Tensor:
+                progress.advance(task)
+                moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                return batch_loss(trainer, module, moved, index, gradients=True)
+
+            losses: list[Callable[[], Tensor]] = [functools.partial(loss, i, batch) for i, batch in enumerate(data)]
+            for name in waiting:
+                calibrate(root, losses, name)
+    finally:
+        set_random_state(before)
+    if trainer.world_size > 1:
+        for name in waiting:
+            whole = {key: value.detach().cpu() for key, value in adapter_state(root, name).items()}
+            load_adapter_state(root, trainer.strategy.broadcast(whole), name)
+
+
+def _training_data(trainer: L.Trainer) -> Any:
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        raise AdapterError("the start is measured on training data, and there is none: give fit a train_dataloader.")
+    loaders = source.dataloader()
+    return loaders if not isinstance(loaders, list | tuple | dict) else L.pytorch.utilities.CombinedLoader(loaders)

@@ -1,0 +1,131 @@
+"""Starts that are measured on data, before training and before there are optimizers.
+
+The PEFT callback calibrates by itself, on the first batches of the user's training data. A plain loop calls
+`calibrate` behind `inject`::
+
+    inject(model, CorDA(r=8))
+    calibrate(model, [lambda batch=batch: compute_loss(model, batch) for batch in some_batches])
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.errors import AdapterError
+from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.slots import Adapter, adapters_of
+
+CALIBRATED = "calibrated"  # the key in a method's state that says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What a method sees of the data.
+
+    Args:
+        model: the module that was given to `inject`.
+        name: under which name.
+        losses: each computes the loss of one batch.
+    """
+
+    model: nn.Module
+    name: str
+    losses: Sequence[Callable[[], Tensor]]
+
+    def adapters(self) -> list[tuple[str, nn.Module, Adapter]]:
+        """(module name, module, adapter) of all that were injected under this name."""
+        return adapters_of(self.model, self.name)
+
+    def observe_inputs(self, observe: Callable[[nn.Module, Tensor], None]) -> None:
+        """Run all batches without gradients; ``observe(module, x)`` sees inputs (tokens, d_in) of adapted layers."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            observe(module, x.reshape(-1, x.shape[-1]).float())
+
+        modules = {module for _, module, _ in self.adapters()}
+        handles = [module.register_forward_pre_hook(hook) for module in modules]
+        try:
+            with torch.no_grad():
+                for loss in self.losses:
+                    loss()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Layer -> mean gradient of the loss (d_out, d_in) over all batches; one layer at a time is on the device."""
+        sums: dict[str, Tensor] = {}
+        weights = {path: (module._parameters[a.site.weight], a.site) for path, module, a in self.adapters()}
+
+        def keep(path: str, parameter: Tensor) -> None:
+            gradient = parameter.grad.T if weights[path][1].transposed else parameter.grad  # type: ignore[union-attr]
+            sums[path] = sums.get(path, 0) + gradient.flatten(1).to("cpu", torch.float32)  # type: ignore[union-attr]
+            parameter.grad = None
+
+        with _requiring_gradients(self.model, [weight for weight, _ in weights.values()]):
+            handles = [
+                weight.register_post_accumulate_grad_hook(lambda p, path=path: keep(path, p))  # type: ignore[union-attr]
+                for path, (weight, _) in weights.items()
+            ]
+            try:
+                for loss in self.losses:
+                    loss().backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return {path: total / len(self.losses) for path, total in sums.items()}
+
+
+def calibrate(model: nn.Module, losses: Sequence[Callable[[], Tensor]], name: str = "default") -> None:
+    """Measure the start of the adapters ``name``; flags, gradients and random numbers stay as they are.
+
+    Args:
+        model: the module that was given to `inject`.
+        losses: each computes the loss of one batch with ``model``.
+        name: which adapters.
+
+    Raises:
+        AdapterError: there is no batch, or a measurement is not finite; the adapters are as they were then.
+    """
+    injection = record_of(model).injections[name]
+    who = type(injection.method).__name__
+    if not losses:
+        raise AdapterError(f"{who} measures its start on data, and there is no batch. Give it some training data.")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            injection.method.calibrate(Calibration(model, name, losses))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    injection.state[CALIBRATED].fill_(1)
+
+
+def check_calibrated(model: nn.Module, name: str) -> None:
+    """Raise an `AdapterError` if the start of the adapters ``name`` is not measured yet."""
+    state, method = record_of(model).injections[name].state, record_of(model).injections[name].method
+    if CALIBRATED in state and not state[CALIBRATED]:
+        raise AdapterError(
+            f"{type(method).__name__} measures its start on data, which was not done. Train with the PEFT callback, or "
+            "call calibrate(model, losses) behind inject."
+        )
+
+
+@contextmanager
+def _requiring_gradients(model: nn.Module, weights: Sequence[Any]) -> Iterator[None]:
+    """While it lasts, these parameters and no others."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    wanted = set(weights)
+    for p in flags:
+        p.requires_grad_(p in wanted)
+    try:
+        yield
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
