@@ -1,4 +1,4 @@
-"""Methods that measure their start on data, given the user's own training data before there are optimizers."""
+"""Methods that measure their start on data, given the user's own training data before the first step."""
 
 import functools
 import itertools
@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import Progress
 from torch import Tensor
 
@@ -19,21 +17,21 @@ from lightning_peft.engine.inject import record_of
 from lightning_peft.interop.files import adapted_root
 
 
-def calibrate_on_training_data(module: Any, methods: Mapping[str, Method], batches: int) -> None:
-    """Calibrate the adapters that are not yet; not for other stages than ``fit``, nor for a run that goes on.
+def calibrate_on_training_data(
+    trainer: Any, module: L.LightningModule, methods: Mapping[str, Method], batches: int
+) -> None:
+    """Calibrate the adapters that are not yet; those of a run that goes on, or of a file, are.
 
     Random numbers and the order of the data stay as they are. With several processes all get what the first measured.
 
     Raises:
         AdapterError: there is no training data, or what is measured is not finite.
     """
-    root, trainer = adapted_root(module), module.trainer
+    root = adapted_root(module)
     injections = record_of(root).injections
     waiting = [n for n in methods if CALIBRATED in injections[n].state and not injections[n].state[CALIBRATED]]
-    if not waiting or trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is not None:
+    if not waiting:
         return
-    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        module.to(trainer.strategy.root_device)
     before = random_state()
     try:
         data = list(itertools.islice(iter(_training_data(trainer)), batches))
@@ -44,6 +42,7 @@ def calibrate_on_training_data(module: Any, methods: Mapping[str, Method], batch
 
             def loss(index: int, batch: Any) -> Tensor:
                 progress.advance(task)
+                batch = trainer.precision_plugin.convert_input(batch)
                 moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 return batch_loss(trainer, module, moved, index, gradients=True)
 

@@ -162,6 +162,7 @@ class PEFT(L.Callback):
             )
         check_sharding(trainer.strategy, pl_module)
         checks.check_optimizers(trainer, pl_module)
+        calibrate_on_training_data(trainer, pl_module, self.methods, self.calibration_batches)
         checks.check_switching(trainer, self.methods)
         checks.check_precision(pl_module)
         average_what_trains(trainer, pl_module)
@@ -289,8 +290,6 @@ class PEFT(L.Callback):
         if last and self._to_load is not None:
             load_adapter(module, self._to_load, self.name)
             self._to_load = None
-        if last:
-            calibrate_on_training_data(module, self.methods, self.calibration_batches)
         if last and self.save == "merged":
             checkpoints.check_can_merge(module)
 

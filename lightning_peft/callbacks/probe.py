@@ -29,8 +29,10 @@ def batch_loss(
         )
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     arguments = (batch, batch_idx) if takes_index else (batch,)
-    with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), _without_a_trace(module):
-        answer = trainer.strategy.training_step(*arguments)
+    wanted = torch.set_grad_enabled(gradients and torch.is_grad_enabled())
+    # the step itself, not through wrappers of the strategy, which would wait for a backward of their own
+    with wanted, _without_a_trace(module), trainer.strategy.precision_plugin.train_step_context():
+        answer = module.training_step(*arguments)
     loss = answer.get("loss") if isinstance(answer, dict) else answer
     if not isinstance(loss, Tensor):
         raise AdapterError(f"training_step returned {type(answer).__name__} where the loss of a batch is measured.")

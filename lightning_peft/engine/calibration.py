@@ -1,4 +1,4 @@
-"""Starts that are measured on data, before training and before there are optimizers.
+"""Starts that are measured on data, before the first step.
 
 The PEFT callback calibrates by itself, on the first batches of the user's training data. A plain loop calls
 `calibrate` behind `inject`::
