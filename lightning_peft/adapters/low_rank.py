@@ -32,6 +32,10 @@ class LowRank(Adapter):
         self.register_buffer("scaling", self.lora_B.new_tensor(scaling), persistent=False)
         self.dropout = dropout
 
+    def fix(self, factor: str) -> None:
+        """Make the parameter ``factor`` a buffer: saved, and never trained."""
+        self.register_buffer(factor, self._parameters.pop(factor).detach())  # type: ignore[union-attr]
+
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """``lora_A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))``, ``lora_B = 0``."""
         random = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
