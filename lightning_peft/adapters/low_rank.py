@@ -140,15 +140,18 @@ class Recentred(LowRank):
         self.start_A.copy_(self.lora_A)
         self.start_B.copy_(self.lora_B)
 
+    def first_factors(self) -> tuple[Tensor, Tensor]:
+        """The two factors of the first product, the scaling in the second."""
+        return self.start_A, self.scaling * self.start_B
+
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone: what goes through the trained pair, less what goes through the first."""
         x = self.drop(_cast(x, self.lora_A.dtype))
-        first = self.through(x, layer, self.start_A, self.scaling * self.start_B)
-        return self.through(x, layer, *self.factors()) - first
+        return self.through(x, layer, *self.factors()) - self.through(x, layer, *self.first_factors())
 
     def delta(self) -> Tensor:
         """(d_out, d_in, ...)."""
-        return super().delta() - dense(self.start_A, self.scaling * self.start_B)
+        return super().delta() - dense(*self.first_factors())
 
 
 class RecentredConv(Recentred, LowRankConv):

@@ -2,8 +2,10 @@
 
 from .dora import DoRA as DoRA
 from .ffalora import FFALoRA as FFALoRA
+from .inttune import IntTune as IntTune
 from .lora import LoRA as LoRA
 from .loraplus import LoRAPlus as LoRAPlus
+from .nlora import NLoRA as NLoRA
 from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
 from .structuredlora import StructuredLoRA as StructuredLoRA
