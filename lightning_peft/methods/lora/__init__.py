@@ -6,6 +6,7 @@ from .inttune import IntTune as IntTune
 from .lora import LoRA as LoRA
 from .loraplus import LoRAPlus as LoRAPlus
 from .nlora import NLoRA as NLoRA
+from .pego import PEGO as PEGO
 from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
 from .structuredlora import StructuredLoRA as StructuredLoRA
