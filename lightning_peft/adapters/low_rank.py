@@ -32,6 +32,10 @@ class LowRank(Adapter):
         self.register_buffer("scaling", self.lora_B.new_tensor(scaling), persistent=False)
         self.dropout = dropout
 
+    def fix(self, factor: str) -> None:
+        """Make the parameter ``factor`` a buffer: saved, and never trained."""
+        self.register_buffer(factor, self._parameters.pop(factor).detach())  # type: ignore[union-attr]
+
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """``lora_A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))``, ``lora_B = 0``."""
         random = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
@@ -149,11 +153,14 @@ class Recentred(LowRank):
         self.start_A.copy_(self.lora_A)
         self.start_B.copy_(self.lora_B)
 
+    def first_factors(self) -> tuple[Tensor, Tensor]:
+        """The two factors of the first product, the scaling in the second."""
+        return self.start_A, self.scaling * self.start_B
+
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone: what goes through the trained pair, less what goes through the first."""
         x = self.drop(_cast(x, self.lora_A.dtype))
-        first = self.through(x, layer, self.start_A, self.scaling * self.start_B)
-        return self.through(x, layer, *self.factors()) - first
+        return self.through(x, layer, *self.factors()) - self.through(x, layer, *self.first_factors())
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """The trained pair beside the first one, which is taken off."""
@@ -162,7 +169,7 @@ class Recentred(LowRank):
 
     def delta(self) -> Tensor:
         """(d_out, d_in, ...)."""
-        return super().delta() - dense(self.start_A, self.scaling * self.start_B)
+        return super().delta() - dense(*self.first_factors())
 
 
 class RecentredConv(Recentred, LowRankConv):
