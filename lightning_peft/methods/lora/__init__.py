@@ -5,3 +5,4 @@ from .lora import LoRA as LoRA
 from .loraplus import LoRAPlus as LoRAPlus
 from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
+from .sorsa import SORSA as SORSA
