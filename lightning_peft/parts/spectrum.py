@@ -29,3 +29,9 @@ def leading_svd(weight: Tensor, r: int, niter: int | None, generator: torch.Gene
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
     U, values, Vh = svd(Q.T @ weight)
     return (Q @ U)[:, :r], values[:r], Vh[:r]
+
+
+def distance_from_orthonormal(rows: Tensor) -> Tensor:
+    """Frobenius norm of ``rows rows^T - I``, a scalar; for rows (r, d) it is 0 where they are orthonormal."""
+    rows = rows.flatten(1)
+    return torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))

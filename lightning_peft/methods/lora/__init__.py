@@ -4,6 +4,7 @@ from .corda import CorDA as CorDA
 from .dora import DoRA as DoRA
 from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
+from .kasa import KaSA as KaSA
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
 from .loraplus import LoRAPlus as LoRAPlus
@@ -12,3 +13,4 @@ from .pego import PEGO as PEGO
 from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
 from .structuredlora import StructuredLoRA as StructuredLoRA
+from .sorsa import SORSA as SORSA
