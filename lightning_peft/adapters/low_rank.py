@@ -62,7 +62,7 @@ class LowRank(Adapter):
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d_out) for x (..., d_in)."""
-        return self.through(self.drop(_cast(x, self.lora_A.dtype)), layer, *self.factors())
+        return self.through(self.drop(_cast(x, self.scaling.dtype)), layer, *self.factors())
 
     def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor) -> Tensor:
         """``x`` through two factors; (..., d_out) for x (..., d_in)."""

@@ -2,6 +2,7 @@
 
 from lightning_peft.engine import METHODS
 
+from .delta import *  # noqa: F403
 from .features import *  # noqa: F403
 from .lora import *  # noqa: F403
 from .sampling import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Changes of weights that are small by another structure than one low-rank product."""
+
+from .loha import LoHa as LoHa
