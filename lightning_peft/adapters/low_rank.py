@@ -90,6 +90,11 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # asking first is cheaper: this runs for every layer
 
 
+def difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The factors of one product less another."""
+    return torch.cat([one[0], other[0]]), torch.cat([one[1], -other[1]], dim=1)
+
+
 class LowRankConv(LowRank):
     """The same for convolutions: A is a convolution to r channels, B one of kernel size 1.
 
@@ -164,8 +169,7 @@ class Recentred(LowRank):
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """The trained pair beside the first one, which is taken off."""
-        down, up = self.factors()
-        return torch.cat([down, self.start_A]), torch.cat([up, -self.scaling * self.start_B], dim=1)
+        return difference(self.factors(), self.first_factors())
 
     def delta(self) -> Tensor:
         """(d_out, d_in, ...)."""

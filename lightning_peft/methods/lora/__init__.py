@@ -12,5 +12,5 @@ from .nlora import NLoRA as NLoRA
 from .pego import PEGO as PEGO
 from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
-from .structuredlora import StructuredLoRA as StructuredLoRA
 from .sorsa import SORSA as SORSA
+from .structuredlora import StructuredLoRA as StructuredLoRA

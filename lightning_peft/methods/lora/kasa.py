@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.diagonal import Diagonal
-from lightning_peft.adapters.low_rank import LowRankConv, dense
+from lightning_peft.adapters.low_rank import LowRankConv, dense, difference
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, Training, check_range, register
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import distance_from_orthonormal, svd
@@ -52,6 +52,10 @@ class Denoised(Diagonal):
         """The change of the output alone; dropout does not bring the noise back."""
         noise = self.through(x.to(self.noise_A.dtype), layer, self.noise_A, self.noise_B)
         return super().product(x, layer) - noise
+
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """The product beside the noise, which is taken off."""
+        return difference(self.factors(), (self.noise_A, self.noise_B))
 
     def delta(self) -> Tensor:
         """(d_out, d_in, ...)."""

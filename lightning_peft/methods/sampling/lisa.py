@@ -46,7 +46,7 @@ class LISA(Method):
     >>> block = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> model = inject(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([block() for _ in range(4)])), LISA(n_layers=1))
     >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> notify(model, "on_train_batch_start", optimizer, step=0)
+    >>> _ = notify(model, "on_train_batch_start", optimizer, step=0)
     >>> sum(block[0].weight.requires_grad for block in model[1]), model[0].weight.requires_grad
     (1, True)
     """

@@ -41,7 +41,7 @@ class LPFT(HostedMethod):
     >>> from lightning_peft.engine import notify
     >>> model = inject(nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)}), LPFT(lp_epochs=2))
     >>> for epoch in (1, 2):
-    ...     notify(model, "on_train_batch_start", [], epoch=epoch)
+    ...     _ = notify(model, "on_train_batch_start", [], epoch=epoch)
     ...     print(epoch, [name for name, p in model.named_parameters() if p.requires_grad])
     1 ['head.weight', 'head.bias']
     2 ['body.weight', 'body.bias', 'head.weight', 'head.bias']
