@@ -7,3 +7,4 @@ from .loraplus import LoRAPlus as LoRAPlus
 from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
 from .sorsa import SORSA as SORSA
+from .svfit import SVFit as SVFit
