@@ -14,3 +14,4 @@ from .pissa import PiSSA as PiSSA
 from .soma import SoMA as SoMA
 from .sorsa import SORSA as SORSA
 from .structuredlora import StructuredLoRA as StructuredLoRA
+from .svfit import SVFit as SVFit
