@@ -5,6 +5,7 @@ from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
 from .lora import LoRA as LoRA
 from .loraplus import LoRAPlus as LoRAPlus
+from .lorapro import LoRAPro as LoRAPro
 from .nlora import NLoRA as NLoRA
 from .pego import PEGO as PEGO
 from .pissa import PiSSA as PiSSA
