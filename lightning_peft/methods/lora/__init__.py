@@ -8,6 +8,7 @@ from .kasa import KaSA as KaSA
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
 from .loraplus import LoRAPlus as LoRAPlus
+from .lorapro import LoRAPro as LoRAPro
 from .nlora import NLoRA as NLoRA
 from .pego import PEGO as PEGO
 from .pissa import PiSSA as PiSSA
