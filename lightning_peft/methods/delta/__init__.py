@@ -1,3 +1,4 @@
 """Changes of weights that are small by another structure than one low-rank product."""
 
 from .loha import LoHa as LoHa
+from .lokr import LoKr as LoKr
