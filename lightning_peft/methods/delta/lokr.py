@@ -1,0 +1,150 @@
+"""LoKr: the Kronecker product of a small matrix and a low-rank one.
+
+Paper:    Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", 2024,
+          arXiv:2309.14859.
+Formula:  y = W x + b + scaling * (w1 kron w2) dropout(x),  w2 = w2_a w2_b where that is smaller,  scaling = alpha / r
+Shapes:   d_out = l k and d_in = m n, l <= k and m <= n as near to each other as they can be; w1 (l, m), w2 (k, n) or
+          w2_a (k, r), w2_b (r, n); with decompose_both w1_a (l, r), w1_b (r, m); convolution: c_in / groups = m n, and
+          w2 (k, n, *kernel), w2_b (r, n, *kernel)
+Init:     w1 = 0 (w1_a = 0), all others uniform up to 1 / sqrt(their inputs); y starts as the base
+Merge:    W <- W + scaling * (w1 kron w2)
+Deviates from the authors' code: scaling is alpha / r even where neither matrix is decomposed, as in HF PEFT.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+
+
+class Kronecker(Adapter):
+    """``delta = scaling * (w1 kron w2)``; the product is not built for linear layers."""
+
+    scaling: Tensor
+
+    def __init__(self, target: Target, method: "LoKr") -> None:
+        super().__init__()
+        for name, shape in method.shapes(target).items():
+            self.register_parameter(name, target.new_parameter(*shape))
+        self.register_buffer("scaling", next(self.parameters()).new_tensor(method.alpha / method.r), persistent=False)
+        self.dropout = method.dropout
+
+    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
+        """The first matrix is zero, by its first factor if it has two; the others are uniform."""
+        for name, parameter in self.named_parameters():
+            random = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+            parameter.copy_(0 * random if name in ("lokr_w1", "lokr_w1_a") else random)
+
+    def matrix(self, name: str) -> Tensor:
+        """``lokr_w1`` (l, m) or ``lokr_w2`` (k, n, ...), put together if it has two factors."""
+        if name in self._parameters:
+            return self.get_parameter(name)
+        right = self.get_parameter(f"{name}_b")
+        return (self.get_parameter(f"{name}_a") @ right.flatten(1)).unflatten(1, right.shape[1:])
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """y = layer(x) + scaling * w1 X w2^T, with x folded to X (..., m, n)."""
+        y, w1 = layer(x), self.scaling * self.matrix("lokr_w1")
+        x = F.dropout(x.to(w1.dtype), self.dropout, self.training)
+        change = w1 @ F.linear(x.unflatten(-1, (w1.shape[1], -1)), self.matrix("lokr_w2"))
+        return y + change.flatten(-2).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """(d_out, d_in, ...)."""
+        w1, w2 = self.scaling * self.matrix("lokr_w1"), self.matrix("lokr_w2")
+        return torch.kron(w1[(..., *[None] * (w2.dim() - 2))].contiguous(), w2)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        return weight + self.delta(), bias
+
+
+class KroneckerConv(Kronecker):
+    """The same for convolutions, whose delta is built."""
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """y = layer(x) + the convolution of x with the delta."""
+        y, delta = layer(x), self.delta()
+        x = F.dropout(x.to(delta.dtype), self.dropout, self.training)
+        return y + layer.module._conv_forward(x, delta, None).to(y.dtype)
+
+
+@register("lokr")
+@dataclass(frozen=True, kw_only=True)
+class LoKr(TargetedMethod):
+    """Kronecker product of two matrices, of which the larger is a low-rank product.
+
+    Args:
+        r: rank of the matrices that are decomposed; one that r would not make smaller is kept whole.
+        alpha: numerator of ``scaling``.
+        dropout: probability of dropping an input feature of the update, in training only.
+        decompose_factor: rows and columns of the small matrix, or less where it does not divide those of the weight;
+            -1 makes both matrices about as large.
+        decompose_both: decompose the small matrix too.
+        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+
+    Raises:
+        AdapterError: ``r``, ``alpha``, ``dropout`` or ``decompose_factor`` is out of range.
+
+    >>> from torch import nn, ones, allclose, kron
+    >>> from lightning_peft import inject
+    >>> base = nn.Sequential(nn.Linear(6, 4))
+    >>> x, y = ones(1, 6), base(ones(1, 6))
+    >>> lokr = inject(base, LoKr(r=2, alpha=8.0))[0].adapters["default"]
+    >>> _ = nn.init.ones_(lokr.lokr_w1)
+    >>> allclose(base(x), y + (8 / 2) * x @ kron(lokr.lokr_w1, lokr.lokr_w2).T, atol=1e-6)
+    True
+    """
+
+    paper: ClassVar[str] = "arXiv:2309.14859"
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Kronecker, "conv": KroneckerConv}
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    decompose_factor: int = -1
+    decompose_both: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("LoKr", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
+        check_range("LoKr", "alpha", self.alpha, self.alpha > 0, "above 0")
+        check_range("LoKr", "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        factor = self.decompose_factor
+        check_range("LoKr", "decompose_factor", factor, factor == -1 or factor >= 1, "-1 or at least 1")
+
+    def shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
+        """Parameter -> its shape, for the adapter of ``target``."""
+        l, k = split(target.d_out, self.decompose_factor)  # noqa: E741
+        m, n = split(target.shape[1], self.decompose_factor)
+        small = {"lokr_w1": (l, m)}
+        if self.decompose_both and self.r < max(l, m) / 2:
+            small = {"lokr_w1_a": (l, self.r), "lokr_w1_b": (self.r, m)}
+        if self.r < max(k, n) / 2:
+            return {**small, "lokr_w2_a": (k, self.r), "lokr_w2_b": (self.r, n, *target.shape[2:])}
+        return {**small, "lokr_w2": (k, n, *target.shape[2:])}
+
+    def num_trainable(self, target: Target) -> int:
+        """l * m, or r * (l + m); plus k * n, or r * (k + n)."""
+        return sum(math.prod(shape) for shape in self.shapes(target).values())
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Plain, and with both matrices decomposed and a head."""
+        return cls(r=2), cls(r=1, decompose_both=True, modules_to_save="head")
+
+
+def split(d: int, factor: int = -1) -> tuple[int, int]:
+    """Two divisors of ``d``, the smaller first unless ``factor`` divides ``d``, which then comes first.
+
+    >>> split(128), split(127), split(128, 4), split(12, 5), split(128, 32)
+    ((8, 16), (1, 127), (4, 32), (3, 4), (32, 4))
+    """
+    if factor > 0 and d % factor == 0:
+        return factor, d // factor
+    first = max(i for i in range(1, math.isqrt(d) + 1) if d % i == 0 and (factor < 0 or i <= factor))
+    return first, d // first
