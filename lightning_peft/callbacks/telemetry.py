@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
+from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.engine import AdapterError, TargetError, adapters_of
 from lightning_peft.engine.inject import record_of
 from lightning_peft.engine.targets import is_below
@@ -63,7 +64,7 @@ class Telemetry:
             grad = 0.0 if parameter.grad is None else parameter.grad.float().square().sum().item()
             squares["grad_norm"][layer] = squares["grad_norm"].get(layer, 0.0) + grad
         for path, _, adapter in adapters_of(self.root):
-            if {"lora_A", "lora_B"} <= adapter._parameters.keys():
+            if isinstance(adapter, LowRank):
                 ranks.setdefault(self.layer_of(path), []).append(effective_rank(adapter))
         total = sum(squares["delta_norm"].values()) or 1.0
         found = {f"{what}/{layer}": value**0.5 for what, of in squares.items() for layer, value in of.items()}
@@ -91,19 +92,20 @@ class Telemetry:
             yield self.layer_of(name.rpartition(".")[0]), parameter - base.to(parameter.device)
 
 
-def effective_rank(adapter: Any) -> float:
-    """Exponential of the entropy of the singular values of ``lora_B lora_A``, as shares; 0 while the product is zero.
+def effective_rank(adapter: LowRank) -> float:
+    """Exponential of the entropy of the singular values of a low-rank change, as shares; 0 while the change is zero.
 
-    Between 1 and r: how many directions the change really uses (Roy and Vetterli, 2007).
+    Between 1 and its rank: how many directions the change really uses (Roy and Vetterli, 2007).
     """
     # the singular values of B A are those of R_B R_A^T, of size r x r
-    R_B = torch.linalg.qr(adapter.lora_B.float().flatten(1)).R
-    R_A = torch.linalg.qr(adapter.lora_A.float().flatten(1).T).R
+    down, up = adapter.whole_factors()
+    R_B = torch.linalg.qr(up.float()).R
+    R_A = torch.linalg.qr(down.float().flatten(1).T).R
     small = R_B @ R_A.T
     if not small.isfinite().all():  # a run that diverges still shows where
         return float("nan")
     values = torch.linalg.svdvals(small)
-    if not values.any():
+    if values[0] <= 1e-6 * R_B.norm() * R_A.norm():  # what is left where two equal products are taken off each other
         return 0.0
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_peft.adapters.low_rank import LowRankEmbedding
+from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.engine import AdapterError, Method, adapters_of, check_range
 from lightning_peft.engine.errors import nearest
 from lightning_peft.interop.files import adapted_root
@@ -194,7 +194,7 @@ class _BeforeTrainEnd(L.Callback):
 def _low_rank(model: nn.Module, aggregation: str) -> list[Any]:
     """All adapters, which have to be low-rank products."""
     adapters = adapters_of(adapted_root(model))
-    others = [(path, adapter) for path, _, adapter in adapters if not hasattr(adapter, "lora_B")]
+    others = [(path, adapter) for path, _, adapter in adapters if not _is_plain(adapter)]
     if others or not adapters:
         what = f"{type(others[0][1]).__name__} on {others[0][0]!r}" if others else "no adapter at all"
         raise AdapterError(
@@ -202,6 +202,11 @@ def _low_rank(model: nn.Module, aggregation: str) -> list[Any]:
             "aggregation='fedavg', or a method such as LoRA(r=8)."
         )
     return [adapter for _, _, adapter in adapters]
+
+
+def _is_plain(adapter: Any) -> bool:
+    """Whether the adapter's product is B A and nothing in between, which is what these aggregations average."""
+    return isinstance(adapter, LowRank) and type(adapter).factors is LowRank.factors
 
 
 def _participants(clients: int, share: float, key: str) -> list[int]:

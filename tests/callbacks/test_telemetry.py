@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import LISA, PEFT, AdapterError, LoRA
+from lightning_peft import LISA, PEFT, AdapterError, LoRA, PiSSA, inject
 from lightning_peft.callbacks import TelemetryPicture
+from lightning_peft.callbacks.telemetry import effective_rank
 from lightning_peft.engine import Method
 from tests.callbacks.nets import trainer
 from tests.papers.stack import Stack, stack, trainable_blocks
@@ -79,6 +80,15 @@ def test_lora_reports_the_norms_of_its_changes(tmp_path: Path) -> None:
         (norms[2] ** 2 / everything.square().sum()).item(), rel=1e-4
     )
     assert last["grad_norm/net.layers.1"] == pytest.approx(spy.grads[5], rel=1e-5)
+
+
+def test_a_change_that_has_not_begun_has_no_rank() -> None:
+    for method, expected in ((LoRA(r=2), 0.0), (PiSSA(r=2), 0.0)):
+        model = inject(torch.nn.Sequential(torch.nn.Linear(6, 6)), method)
+        adapter: Any = model[0].adapters["default"]  # type: ignore[union-attr]
+        assert effective_rank(adapter) == expected
+        adapter.lora_B.data[:, 0] += 1.0  # one direction
+        assert effective_rank(adapter) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_lisa_reports_which_blocks_are_on_and_how_far_they_went(tmp_path: Path) -> None:
