@@ -92,6 +92,7 @@ class Telemetry:
             yield self.layer_of(name.rpartition(".")[0]), parameter - base.to(parameter.device)
 
 
+@torch.no_grad()
 def effective_rank(adapter: LowRank) -> float:
     """Exponential of the entropy of the singular values of a low-rank change, as shares; 0 while the change is zero.
 
