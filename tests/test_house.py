@@ -61,9 +61,9 @@ def test_no_room_imports_from_a_higher_floor(file: Path) -> None:
 
 
 @by_file
-def test_the_lower_rooms_know_torch_and_nothing_else(file: Path) -> None:
+def test_the_lower_rooms_know_torch_and_a_progress_bar_and_nothing_else(file: Path) -> None:
     if FLOOR.get(room_of(file), 9) <= FLOOR["methods"]:
-        allowed = {"torch", "lightning_peft", *sys.stdlib_module_names}
+        allowed = {"torch", "tqdm", "lightning_peft", *sys.stdlib_module_names}
         allowed |= {"triton"} if room_of(file) == "kernels" else set()
         assert {name.split(".")[0] for name in imported(file)} <= allowed
 

@@ -106,6 +106,7 @@ class PEFT(L.Callback):
         self._while_training = ExitStack()
         self._place = Place()
         self._told: int | None = None  # the step whose beginning the methods know of
+        self._total_steps: int | None = None
         self._stepped: set[int] = set()  # ids of the optimizers whose gradients were looked at
         self._held: list[nn.Module] = []  # normalisation layers kept in evaluation mode while training
 
@@ -190,6 +191,8 @@ class PEFT(L.Callback):
         """Go on where a checkpoint was written."""
         self._set_modes(adapted_root(pl_module))
         self._place.on_train_start(trainer)
+        steps = trainer.estimated_stepping_batches
+        self._total_steps = int(steps) if steps != float("inf") else None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
@@ -230,7 +233,8 @@ class PEFT(L.Callback):
     def _notify(self, event: Event, trainer: L.Trainer, module: L.LightningModule, **now: Any) -> dict[str, Tensor]:
         root = adapted_root(module)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
-        now |= {"step": trainer.global_step, "epoch": trainer.current_epoch, "average": average}
+        now |= {"step": trainer.global_step, "epoch": trainer.current_epoch, "total_steps": self._total_steps}
+        now["average"] = average
         return notify(root, event, trainer.optimizers, self.methods.keys(), **now)
 
     def _hold_statistics(self, root: nn.Module) -> None:

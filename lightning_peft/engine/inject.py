@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import AdapterError, TargetError, nearest
@@ -105,7 +106,9 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
             "layer nor a parameter: name some, or use another method."
         )
     _check_in_place(model, in_place, type(method).__name__)
-    planned = [(target, _new_adapter(method, target, name)) for target in targets]
+    planned = list(zip(targets, method.adapters(targets), strict=True))
+    for target, adapter in tqdm(planned, desc=type(method).__name__, unit="layer", delay=2, leave=False):
+        _fill(adapter, target, name)
     readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
     _check_readable(planned, readers_of)
     state = method.initial_state(model) | ({"calibrated": torch.zeros(())} if method.calibrated else {})
@@ -275,17 +278,15 @@ def _is_occupied(target: Target, name: str) -> bool:
     return slots.holds_adapters(target.module) and target.site.key(name) in target.module.adapters  # type: ignore[operator]
 
 
-def _new_adapter(method: Method, target: Target, name: str) -> Adapter:
+def _fill(adapter: Adapter, target: Target, name: str) -> None:
     weight = target.module._parameters[target.site.weight]
-    adapter = method.adapter(target)
     adapter.site = target.site
     if weight is not None and weight.is_meta:
-        return adapter
+        return
     # a generator of its own: other random numbers stay as they were, and the order of the modules has no influence
     seed = zlib.crc32(f"{name}/{target.name}".encode()) ^ (torch.initial_seed() & 0xFFFFFFFF)
     with torch.no_grad():
         adapter.reset_parameters(Layer(target.module, target.site), torch.Generator().manual_seed(seed))
-    return adapter
 
 
 def _freeze(model: nn.Module, record: Record) -> None:

@@ -61,6 +61,10 @@ class Method(ABC):
         """A new adapter for ``target``, its parameters not yet filled."""
         return self.adapter_types[target.site.kind](target, self)
 
+    def adapters(self, targets: list[Target]) -> list[Adapter]:
+        """One new adapter for each of ``targets``; a method that shares a budget among them looks at all."""
+        return [self.adapter(target) for target in targets]
+
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """Names of the base parameters that are trained as they are."""
         return []
@@ -172,6 +176,9 @@ class HostedMethod(Method):
 
     def adapter(self, target: Target) -> Adapter:  # noqa: D102
         return self.host.adapter(target)
+
+    def adapters(self, targets: list[Target]) -> list[Adapter]:  # noqa: D102
+        return self.host.adapters(targets)
 
     def trained_in_place(self, model: nn.Module) -> list[str]:  # noqa: D102
         return self.host.trained_in_place(model)

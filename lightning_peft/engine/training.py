@@ -37,6 +37,7 @@ class Training:
         optimizers: all that step.
         step: optimizer steps that have been taken.
         epoch: epochs that have been completed.
+        total_steps: optimizer steps that the whole run takes, if that is known.
         loss: computes the loss of the coming batch without gradients and without a trace: random numbers, modes and
             logs stay as they are. None in a loop that offers none.
         average: the mean of a tensor over all devices that train together.
@@ -47,6 +48,7 @@ class Training:
     optimizers: Sequence[Optimizer]
     step: int = 0
     epoch: int = 0
+    total_steps: int | None = None
     loss: Callable[[], Tensor] | None = None
     average: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
@@ -85,6 +87,20 @@ class Training:
         with torch.no_grad():
             return self.average(self.loss().detach()).item()
 
+    def run_length(self) -> int:
+        """`total_steps`.
+
+        Raises:
+            AdapterError: it is not known.
+        """
+        if self.total_steps is None:
+            method = type(self.injection.method).__name__
+            raise AdapterError(
+                f"{method} has a schedule over the whole run, whose length is not known. Give the Trainer max_steps or "
+                "max_epochs, or a plain loop: notify(model, event, optimizer, step=step, total_steps=...)."
+            )
+        return self.total_steps
+
     def is_new(self, choice: Any) -> bool:
         """Whether ``choice`` differs from that of the last call, which nothing saves: after a resume all is new."""
         new = self.injection.choice != choice
@@ -110,7 +126,7 @@ def notify(
             ``"on_before_optimizer_step"`` when its gradients are complete, ``"on_after_optimizer_step"`` behind it.
         optimizers: one, or all that step.
         names: of the adapters to tell; all by default.
-        now: ``step``, ``epoch``, ``loss`` and ``average`` of `Training`.
+        now: ``step``, ``epoch``, ``total_steps``, ``loss`` and ``average`` of `Training`.
 
     Returns:
         Name -> value of the penalties that were added.
