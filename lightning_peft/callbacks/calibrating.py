@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from rich.progress import Progress
 from torch import Tensor
 
@@ -22,17 +23,28 @@ def calibrate_on_training_data(
 ) -> None:
     """Calibrate the adapters that are not yet; those of a run that goes on, or of a file, are.
 
+    This is before the strategy has set up: the module is moved to its device and precision first.
+
     Random numbers and the order of the data stay as they are. With several processes all get what the first measured.
 
     Raises:
-        AdapterError: there is no training data, or what is measured is not finite.
+        AdapterError: there is no training data, the base has no values yet, or what is measured is not finite.
     """
     root = adapted_root(module)
     injections = record_of(root).injections
     waiting = [n for n in methods if CALIBRATED in injections[n].state and not injections[n].state[CALIBRATED]]
     if not waiting:
         return
+    if any(parameter.is_meta for parameter in root.parameters()):
+        raise AdapterError(
+            f"{', '.join(waiting)}: a start is measured with the values of the base, and it has none (meta device). "
+            "Build the model with its weights, or start from an adapter that was measured: PEFT(init_from=...)."
+        )
     before = random_state()
+    precision = trainer.precision_plugin
+    if isinstance(precision, HalfPrecision | DoublePrecision):  # batches are converted, so the weights have to be
+        precision.convert_module(module)
+    module.to(trainer.strategy.root_device)
     try:
         data = list(itertools.islice(iter(_training_data(trainer)), batches))
         if not data:
@@ -42,7 +54,7 @@ def calibrate_on_training_data(
 
             def loss(index: int, batch: Any) -> Tensor:
                 progress.advance(task)
-                batch = trainer.precision_plugin.convert_input(batch)
+                batch = precision.convert_input(batch)
                 moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 return batch_loss(trainer, module, moved, index, gradients=True)
 

@@ -1,4 +1,4 @@
-"""Hooks wrapped on one LightningModule instance, its class untouched.
+"""Hooks wrapped on one LightningModule or strategy, its class untouched.
 
 The wrapper is a bound method named like the hook, so that Lightning's own inspection, ``copy.deepcopy`` and ``pickle``
 treat it like any method.
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any
 
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -35,7 +36,7 @@ def around(module: nn.Module, hook: str, then: Callable[[Any, dict[str, Any]], N
 
 
 def within(
-    module: nn.Module,
+    module: nn.Module | Strategy,
     hook: str,
     context: Callable[[Any], AbstractContextManager[Any]],
     once: Callable[[Any], bool] = lambda module: True,
@@ -49,7 +50,7 @@ def within(
     if _runs(previous, context):
         return
 
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if once(self):
             if previous is None:
                 del self.__dict__[hook]
@@ -60,7 +61,7 @@ def within(
             return own(*args, **kwargs)
 
     wrapper.previous = previous  # type: ignore[attr-defined]
-    if is_overridden(hook, module):
+    if isinstance(module, nn.Module) and is_overridden(hook, module):
         wrapper.__wrapped__ = getattr(module, hook)  # type: ignore[attr-defined]  # Lightning asks for its arguments
     _hang(wrapper, module, hook, context)
 
@@ -87,7 +88,20 @@ def after(
     within(module, hook, context, once)
 
 
-def _hang(wrapper: Any, module: nn.Module, hook: str, what: Any) -> None:
+def before(
+    module: nn.Module | Strategy, hook: str, then: Callable[[Any], None], once: Callable[[Any], bool] = lambda _: True
+) -> None:
+    """Let ``then(module)`` run before ``module.<hook>``; ``once`` as in `within`."""
+
+    @contextmanager
+    def context(self: Any) -> Iterator[None]:
+        then(self)
+        yield
+
+    within(module, hook, context, once)
+
+
+def _hang(wrapper: Any, module: nn.Module | Strategy, hook: str, what: Any) -> None:
     wrapper.__name__, wrapper.runs = hook, (wrapper, what)
     module.__dict__[hook] = MethodType(wrapper, module)
 

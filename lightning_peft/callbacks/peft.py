@@ -24,7 +24,7 @@ from lightning_peft.callbacks.activation_checkpointing import inputs_require_gra
 from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
 from lightning_peft.callbacks.calibrating import calibrate_on_training_data
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
-from lightning_peft.callbacks.instance_hooks import after, around, unwrap, within
+from lightning_peft.callbacks.instance_hooks import after, around, before, unwrap, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.optimizer_state import restore_by_name
 from lightning_peft.callbacks.probe import batch_loss
@@ -143,11 +143,16 @@ class PEFT(L.Callback):
             within(pl_module, "configure_optimizers", lambda module: groups_split(ratios(adapted_root(module))))
             # around the step itself, so that it holds in the runs of a tuner too, which calls no callback
             within(pl_module, "training_step", inputs_require_grad, once=lambda module: False)
+            # the last moment at which a layer may get another rank: then the strategy wraps and the optimizers are made
+            before(trainer.strategy, "setup", lambda _: self._calibrate(trainer, pl_module))
         built_later = is_overridden("configure_model", pl_module)
         after(pl_module, "setup", lambda module: self._inject(module, last=not built_later))
         if built_later:
             # others may call it early (weight averaging does): the last call is the one that the Trainer makes
             after(pl_module, "configure_model", self._inject_if_last, once=_called_by_trainer)
+
+    def _calibrate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        calibrate_on_training_data(trainer, module, self.methods, self.calibration_batches)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember what is being resumed until there are optimizers."""
@@ -163,7 +168,6 @@ class PEFT(L.Callback):
             )
         check_sharding(trainer.strategy, pl_module)
         checks.check_optimizers(trainer, pl_module)
-        calibrate_on_training_data(trainer, pl_module, self.methods, self.calibration_batches)
         checks.check_switching(trainer, self.methods)
         checks.check_precision(pl_module)
         average_what_trains(trainer, pl_module)

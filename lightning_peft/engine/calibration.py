@@ -8,7 +8,7 @@ The PEFT callback calibrates by itself, on the first batches of the user's train
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lightning_peft.engine.errors import AdapterError
 from lightning_peft.engine.inject import record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
+
+Loss = Tensor | Mapping[str, Tensor]
 
 CALIBRATED = "calibrated"  # the key in a method's state that says so
 
@@ -29,42 +31,87 @@ class Calibration:
     Args:
         model: the module that was given to `inject`.
         name: under which name.
-        losses: each computes the loss of one batch.
+        losses: each computes the loss of one batch, or a mapping with the loss and its parts.
     """
 
     model: nn.Module
     name: str
-    losses: Sequence[Callable[[], Tensor]]
+    losses: Sequence[Callable[[], Loss]]
 
     def adapters(self) -> list[tuple[str, nn.Module, Adapter]]:
         """(module name, module, adapter) of all that were injected under this name."""
         return adapters_of(self.model, self.name)
 
     def observe_inputs(self, observe: Callable[[nn.Module, Tensor], None]) -> None:
-        """Run all batches without gradients; ``observe(module, x)`` sees inputs (tokens, d_in) of adapted layers."""
+        """Run all batches without gradients; ``observe(module, x)`` sees inputs (tokens, d_in) of adapted layers.
+
+        Padding is left out where a module of the model is called with an ``attention_mask`` (batch, tokens) that says
+        what is padding, as the models of transformers are.
+        """
+        masks: list[Tensor] = []
+
+        def find_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
+            if not masks and isinstance(mask, Tensor) and mask.dim() == 2:
+                masks.append(mask.bool())
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach()
-            observe(module, x.reshape(-1, x.shape[-1]).float())
+            if masks and masks[0].shape == x.shape[:-1]:
+                x = x[masks[0]]
+            x = x.reshape(-1, x.shape[-1]).float()
+            if not x.isfinite().all():
+                raise self._unusable("input", paths[module], "not finite")
+            observe(module, x)
 
-        modules = {module for _, module, _ in self.adapters()}
-        handles = [module.register_forward_pre_hook(hook) for module in modules]
+        paths = {module: path for path, module, _ in self.adapters()}
+        handles = [module.register_forward_pre_hook(hook) for module in paths]
+        handles += [m.register_forward_pre_hook(find_mask, with_kwargs=True) for m in self.model.modules()]
         try:
             with torch.no_grad():
                 for loss in self.losses:
+                    masks.clear()
                     loss()
         finally:
             for handle in handles:
                 handle.remove()
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Layer -> mean gradient of the loss (d_out, d_in) over all batches; one layer at a time is on the device."""
+    def measured(self, what: str, path: str, value: Tensor | None) -> Tensor:
+        """``value``, which was measured for the layer ``path``.
+
+        Raises:
+            AdapterError: it is missing, not finite, or zero.
+        """
+        if value is None:
+            raise self._unusable(what, path, "missing: the layer was not called")
+        if not value.isfinite().all() or not value.any():
+            raise self._unusable(what, path, "zero" if not value.any() else "not finite")
+        return value
+
+    def _unusable(self, what: str, path: str, fault: str) -> AdapterError:
+        return AdapterError(
+            f"{self._who}: the {what} of {path!r} is {fault}. Look at the data, or leave the layer out."
+        )
+
+    @property
+    def _who(self) -> str:
+        return type(record_of(self.model).injections[self.name].method).__name__
+
+    def gradients(self, part: str | None = None, power: int = 1) -> dict[str, Tensor]:
+        """Layer -> mean over all batches of the gradient of the loss (d_out, d_in), to a power entry by entry.
+
+        One layer at a time is on the device.
+
+        Args:
+            part: of the loss; a key of what the training step returns. The whole loss by default.
+            power: 2 gives the diagonal of the Fisher information, as far as batches show it.
+        """
         sums: dict[str, Tensor] = {}
         weights = {path: (module._parameters[a.site.weight], a.site) for path, module, a in self.adapters()}
 
         def keep(path: str, parameter: Tensor) -> None:
             gradient = parameter.grad.T if weights[path][1].transposed else parameter.grad  # type: ignore[union-attr]
-            sums[path] = sums.get(path, 0) + gradient.flatten(1).to("cpu", torch.float32)  # type: ignore[union-attr]
+            sums[path] = sums.get(path, 0) + gradient.flatten(1).to("cpu", torch.float32) ** power  # type: ignore[union-attr]
             parameter.grad = None
 
         with _requiring_gradients(self.model, [weight for weight, _ in weights.values()]):
@@ -74,19 +121,31 @@ class Calibration:
             ]
             try:
                 for loss in self.losses:
-                    loss().backward()
+                    self._part(loss(), part).backward()
             finally:
                 for handle in handles:
                     handle.remove()
         return {path: total / len(self.losses) for path, total in sums.items()}
 
+    def _part(self, loss: Loss, part: str | None) -> Tensor:
+        if part is None:
+            return loss["loss"] if isinstance(loss, Mapping) else loss
+        if not isinstance(loss, Mapping) or part not in loss:
+            there = ", ".join(loss) if isinstance(loss, Mapping) else "the loss alone"
+            raise AdapterError(
+                f"{self._who} needs the part {part!r} of the loss by itself, and the training step returns {there}. "
+                f"Let it return {{'loss': ..., {part!r}: ...}}, both with their graphs."
+            )
+        return loss[part]
 
-def calibrate(model: nn.Module, losses: Sequence[Callable[[], Tensor]], name: str = "default") -> None:
+
+def calibrate(model: nn.Module, losses: Sequence[Callable[[], Loss]], name: str = "default") -> None:
     """Measure the start of the adapters ``name``; flags, gradients and random numbers stay as they are.
 
     Args:
         model: the module that was given to `inject`.
-        losses: each computes the loss of one batch with ``model``.
+        losses: each computes the loss of one batch with ``model``; or a mapping with ``"loss"`` and its parts, for a
+            method that tells parts of it apart.
         name: which adapters.
 
     Raises:

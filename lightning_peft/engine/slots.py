@@ -14,7 +14,7 @@ time ``module.weight`` is the raw parameter: optimizers, checkpoints and shardin
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +74,30 @@ class Adapter(nn.Module):
 
     They keep their precision when the model around them is cast to a lower one: a rank-r update in half precision
     loses small steps, and costs little memory in single precision.
+
+    Attributes:
+        rank_axes: tensor -> its axes of length r, in adapters whose rank is chosen when the base or the data is known:
+            a file decides it then.
     """
+
+    rank_axes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     site: Site
     dropout: float = 0.0  # of the input, which an adapter on a weight that is read does not see
+
+    def shapes_at(self, r: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in ``rank_axes`` at another rank."""
+        shapes = {key: getattr(self, key).shape for key in self.rank_axes}
+        return {
+            key: tuple(r if axis in self.rank_axes[key] else length for axis, length in enumerate(shape))
+            for key, shape in shapes.items()
+        }
+
+    def resize(self, r: int) -> None:
+        """Take another rank; all values of these tensors are zero then. Parameters stay the same objects."""
+        for key, shape in self.shapes_at(r).items():
+            tensor = getattr(self, key)
+            tensor.data = tensor.new_zeros(shape)
 
     def reset_parameters(self, layer: "Layer", generator: torch.Generator) -> None:
         """Fill the parameters; draw from ``generator`` alone, so that no other random number is touched."""

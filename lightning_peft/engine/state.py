@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
-from lightning_peft.engine.slots import adapters_of
+from lightning_peft.engine.slots import Adapter, adapters_of
 
 METHOD_STATE = "method_state"  # the keys of what a method keeps beside its adapters begin with it
 
@@ -33,9 +33,8 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         raise AdapterError("the adapters are merged into the base. unmerge(model) first.")
     check_known(record, (name,))
     state: dict[str, Tensor] = {}
-    for path, _, adapter in adapters_of(model, name):
-        prefix = f"{path}.{adapter.site.key('adapters')}".lstrip(".")
-        state |= {f"{prefix}.{key}": value for key, value in adapter.state_dict(keep_vars=True).items()}
+    for prefix, adapter in _prefixed(model, name):
+        state |= {prefix + key: value for key, value in adapter.state_dict(keep_vars=True).items()}
     parameters, injection = dict(model.named_parameters()), record.injections[name]
     for key, other in injection.in_place.items():
         state[slots.plain_name(key)] = parameters[key] if injection.active or other is None else other
@@ -44,6 +43,11 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         if key in record.buffers and not torch.equal(buffer, record.buffers[key].to(buffer.device)):
             state[slots.plain_name(key)] = buffer
     return state
+
+
+def _prefixed(model: nn.Module, name: str) -> list[tuple[str, Adapter]]:
+    """What the keys of each adapter begin with, and the adapter."""
+    return [(f"{path}.{a.site.key('adapters')}.".lstrip("."), a) for path, _, a in adapters_of(model, name)]
 
 
 def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
@@ -61,9 +65,19 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
         "unexpected": [key for key in tensors if key not in state and key not in optional],
     }
     there = optional | state
-    problems["of the wrong shape"] = [k for k, v in tensors.items() if k in there and v.shape != there[k].shape]
+    shapes: dict[str, tuple[int, ...]] = {key: value.shape for key, value in there.items()}
+    ranks: list[tuple[Adapter, int]] = []
+    for prefix, adapter in _prefixed(model, name):
+        for key, axes in list(adapter.rank_axes.items())[:1]:  # the file decides, and its tensors have to agree
+            given = tensors.get(prefix + key)
+            if given is not None and given.dim() == getattr(adapter, key).dim():
+                ranks.append((adapter, given.shape[axes[0]]))
+                shapes |= {prefix + k: shape for k, shape in adapter.shapes_at(ranks[-1][1]).items()}
+    problems["of the wrong shape"] = [k for k, v in tensors.items() if k in shapes and tuple(v.shape) != shapes[k]]
     problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     refuse(problems, f"adapter {name!r} of {slots.base_class(model).__name__}")
+    for adapter, r in ranks:
+        adapter.resize(r)
     with torch.no_grad():
         for key, value in {**before, **tensors}.items():  # a buffer that is not there had its base value
             there[key].copy_(value)

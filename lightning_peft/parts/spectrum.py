@@ -35,3 +35,37 @@ def distance_from_orthonormal(rows: Tensor) -> Tensor:
     """Frobenius norm of ``rows rows^T - I``, a scalar; for rows (r, d) it is 0 where they are orthonormal."""
     rows = rows.flatten(1)
     return torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
+
+
+class PrincipalComponents:
+    """The leading principal components of rows that come batch by batch (Ross et al., 2008).
+
+    Args:
+        n: how many. Those beyond are lost with each batch: exact for one batch, and for rows of at most n directions.
+    """
+
+    components: Tensor  # (n, d), orthonormal rows
+    values: Tensor  # (n,), descending singular values of all rows so far, less their mean
+    mean: Tensor  # (d,)
+
+    def __init__(self, n: int) -> None:
+        self.n, self.count, self.total = n, 0, torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Take in a batch (m, d)."""
+        if not self.count:
+            self.mean, self.values = rows.new_zeros(rows.shape[1]), rows.new_zeros(0)
+            self.components = rows.new_zeros(0, rows.shape[1])
+        m, mean = len(rows), rows.mean(0)
+        shift = (self.count * m / (self.count + m)) ** 0.5 * (self.mean - mean)
+        known = self.values[:, None] * self.components
+        stacked = torch.cat([known, rows - mean, shift[None]])
+        self.total = self.total.to(rows) + (rows - mean).square().sum() + shift.square().sum()
+        self.mean = (self.count * self.mean + m * mean) / (self.count + m)
+        self.count += m
+        _, self.values, self.components = leading_svd(stacked, self.n, 4, torch.Generator().manual_seed(42))
+
+    @property
+    def shares(self) -> Tensor | None:
+        """The share of the variance that each component explains, (n,); None if there was no row."""
+        return self.values.square() / self.total if self.count else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFT, AdapterError, CorDA, LoRA, LoRAGA
+from lightning_peft import EVA, PEFT, AdapterError, CorDA, LoRA, LoRAGA
 from lightning_peft.engine import adapters_of, calibrate, inject
 from tests.callbacks.nets import Lit, LitConfigured, loader, trainer
 from tests.callbacks.test_resume import Seen, every_batch, run, shuffled
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
 ]
 
-METHODS = [CorDA(r=2), LoRAGA(r=1)]
+METHODS = [CorDA(r=2), EVA(r=2), LoRAGA(r=1)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 

@@ -2,6 +2,7 @@
 
 from .corda import CorDA as CorDA
 from .dora import DoRA as DoRA
+from .eva import EVA as EVA
 from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
 from .kasa import KaSA as KaSA

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import Recentred
-from lightning_peft.engine import Adapter, AdapterError, Calibration, Kind, check_range, register
+from lightning_peft.engine import Adapter, Calibration, Kind, check_range, register
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import svd
 
@@ -77,11 +77,9 @@ class CorDA(PiSSA):
         calibration.observe_inputs(observe)
         starts = []
         for path, module, adapter in calibration.adapters():
-            if module not in sums or not sums[module].isfinite().all():
-                what = "is not finite" if module in sums else "was not seen: the layer is not called"
-                raise AdapterError(f"CorDA: the input of {path!r} {what}. Look at the data, or leave the layer out.")
+            C = calibration.measured("input", path, sums.get(module)).double()
             weight = adapter.site.get(module)[0].detach().flatten(1).double()
-            starts.append((adapter, *self._decomposed(weight, sums[module].double(), len(adapter.lora_A))))  # type: ignore[arg-type]
+            starts.append((adapter, *self._decomposed(weight, C, len(adapter.lora_A))))  # type: ignore[arg-type]
         for adapter, A, B in starts:
             restarted: Any = adapter
             restarted.restart(A, B)

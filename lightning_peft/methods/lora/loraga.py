@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import Recentred
-from lightning_peft.engine import Adapter, AdapterError, Calibration, Kind, TargetError, check_range, register
+from lightning_peft.engine import Adapter, Calibration, Kind, TargetError, check_range, register
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -77,10 +77,7 @@ class LoRAGA(PiSSA):
         gradients, starts = calibration.gradients(), []
         generator = torch.Generator().manual_seed(torch.initial_seed() & 0xFFFFFFFF)
         for path, _, adapter in calibration.adapters():
-            gradient = gradients.get(path)
-            if gradient is None or not gradient.isfinite().all() or not gradient.any():
-                what = "missing or zero" if gradient is None or gradient.isfinite().all() else "not finite"
-                raise AdapterError(f"LoRAGA: the gradient of {path!r} is {what}. Look at the data, or leave it out.")
+            gradient = calibration.measured("gradient", path, gradients.get(path))
             r = len(adapter.lora_A)  # type: ignore[arg-type]
             U, _, Vh = leading_svd(gradient, 2 * r, self.niter, generator)
             c = float(adapter.scaling) ** 0.5 * len(gradient) ** 0.25 / self.gamma**0.5  # type: ignore[arg-type]
