@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFT, SSF, LoRA, PEFTDDPStrategy, inject
+from lightning_peft import EVA, PEFT, SSF, CorDA, LoRA, LoRAGA, PEFTDDPStrategy, inject
+from lightning_peft.engine import calibrate
 from tests.strategies.launch import error_of, finish, made, rank, values
 from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Normed, Projections, Toggle, switching
 from tests.strategies.nets import data as all_data
@@ -115,6 +116,29 @@ def switched() -> None:
     )
 
 
+class First(L.Callback):
+    """With what training begins."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.values = values(pl_module)
+
+
+def calibrated() -> None:
+    methods = (CorDA(r=2, target_modules=BLOCKS), EVA(r=2, target_modules=BLOCKS), LoRAGA(r=2, target_modules=BLOCKS))
+    for method in methods:
+        for strategy in ("ddp", "peft_ddp"):
+            torch.manual_seed(0)
+            first = First()
+            made(PEFT(method, summary=False), first, strategy=strategy).fit(module := Net(), data(4))
+            facts[f"{method.name} under {strategy}"] = values(module)
+            facts[f"start of {method.name} under {strategy}"] = first.values
+        # what this rank would measure by itself
+        torch.manual_seed(0)
+        alone = inject(Net(), method)
+        calibrate(alone, [lambda b=b, alone=alone: alone.training_step(b, 0) for b in data(4)])
+        facts[f"{method.name} alone"] = values(alone)
+
+
 class Uneven(Net):
     """``a`` is used on rank 0 alone, ``b`` on rank 1 alone, ``c`` on both, ``unused`` nowhere."""
 
@@ -212,6 +236,7 @@ if __name__ == "__main__":
         statistics,
         synced_norm,
         torch_ddp,
+        calibrated,
         errors,
     ):
         torch.manual_seed(0)

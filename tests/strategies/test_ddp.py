@@ -42,6 +42,19 @@ def test_ranks_end_bit_for_bit_equal(run: str, ranks: list[dict[str, Any]]) -> N
     same(ranks[0][run], ranks[1][run], **EXACT)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "peft_ddp"])
+@pytest.mark.parametrize("method", ["corda", "eva", "loraga"])
+def test_all_ranks_start_at_what_the_first_one_measured(
+    method: str, strategy: str, ranks: list[dict[str, Any]]
+) -> None:
+    run = f"{method} under {strategy}"
+    same(ranks[0][run], ranks[1][run], **EXACT)
+    same(ranks[1][f"start of {run}"], ranks[0][f"{method} alone"], rtol=1e-5, atol=1e-6)
+    own = ranks[1][f"{method} alone"]  # another, as the data of the second rank are
+    factors = [(value, own[key]) for key, value in ranks[0][f"{method} alone"].items() if key.endswith("lora_A")]
+    assert any(one.shape != other.shape or not torch.allclose(one, other, atol=0.1) for one, other in factors)
+
+
 REFERENCES: dict[str, dict[str, Any]] = {
     "plain": {"batch_size": 8, "clip": 0.5},
     "accumulated": {"batch_size": 8},
