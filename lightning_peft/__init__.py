@@ -14,6 +14,7 @@ from lightning_peft.engine import unmerge as unmerge
 from lightning_peft.interop import load_adapter as load_adapter
 from lightning_peft.interop import save_adapter as save_adapter
 from lightning_peft.methods import *  # noqa: F403
+from lightning_peft.parts.losses import InvertedHingeLoss as InvertedHingeLoss
 from lightning_peft.strategies import PEFTDDPStrategy as PEFTDDPStrategy
 from lightning_peft.strategies import PEFTFederatedStrategy as PEFTFederatedStrategy
 from lightning_peft.strategies import PEFTFSDPStrategy as PEFTFSDPStrategy

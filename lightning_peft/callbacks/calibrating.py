@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from rich.progress import Progress
 from torch import Tensor
 
-from lightning_peft.callbacks.probe import batch_loss
+from lightning_peft.callbacks.probe import batch_losses
 from lightning_peft.callbacks.resuming import random_state, set_random_state
 from lightning_peft.engine import AdapterError, Method, adapter_state, calibrate, load_adapter_state
 from lightning_peft.engine.calibration import CALIBRATED
@@ -52,13 +52,15 @@ def calibrate_on_training_data(
         with Progress(transient=True, disable=trainer.progress_bar_callback is None) as progress:
             task = progress.add_task("Calibrating", total=None)
 
-            def loss(index: int, batch: Any) -> Tensor:
+            def loss(index: int, batch: Any) -> dict[str, Tensor]:
                 progress.advance(task)
                 batch = precision.convert_input(batch)
                 moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                return batch_loss(trainer, module, moved, index, gradients=True)
+                return batch_losses(trainer, module, moved, index)
 
-            losses: list[Callable[[], Tensor]] = [functools.partial(loss, i, batch) for i, batch in enumerate(data)]
+            losses: list[Callable[[], dict[str, Tensor]]] = [
+                functools.partial(loss, i, batch) for i, batch in enumerate(data)
+            ]
             for name in waiting:
                 calibrate(root, losses, name)
     finally:

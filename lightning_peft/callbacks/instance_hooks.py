@@ -35,19 +35,21 @@ def around(module: nn.Module, hook: str, then: Callable[[Any, dict[str, Any]], N
     _hang(wrapper, module, hook, then)
 
 
-def within(
+def instead(
     module: nn.Module | Strategy,
     hook: str,
-    context: Callable[[Any], AbstractContextManager[Any]],
+    run: Callable[..., Any],
     once: Callable[[Any], bool] = lambda module: True,
+    what: Any = None,
 ) -> None:
-    """Let ``module.<hook>`` run inside ``context(module)``.
+    """Let ``run(module, own, *args, **kwargs)`` answer in the place of ``module.<hook>``, which is ``own``.
 
     The wrapper takes itself off with the call at which ``once(module)`` holds. Wrapping the same hook with the same
-    context again changes nothing.
+    ``what`` (by default ``run``) again changes nothing.
     """
+    what = what or run
     previous = module.__dict__.get(hook)
-    if _runs(previous, context):
+    if _runs(previous, what):
         return
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,19 +59,33 @@ def within(
             else:
                 self.__dict__[hook] = previous
         own = getattr(type(self), hook).__get__(self) if previous is None else previous
-        with context(self):
-            return own(*args, **kwargs)
+        return run(self, own, *args, **kwargs)
 
     wrapper.previous = previous  # type: ignore[attr-defined]
     if isinstance(module, nn.Module) and is_overridden(hook, module):
         wrapper.__wrapped__ = getattr(module, hook)  # type: ignore[attr-defined]  # Lightning asks for its arguments
-    _hang(wrapper, module, hook, context)
+    _hang(wrapper, module, hook, what)
 
 
-def unwrap(module: nn.Module, hook: str, context: Callable[[Any], AbstractContextManager[Any]]) -> None:
-    """Take off what `within` put around ``module.<hook>`` with this context, if it is there."""
+def within(
+    module: nn.Module | Strategy,
+    hook: str,
+    context: Callable[[Any], AbstractContextManager[Any]],
+    once: Callable[[Any], bool] = lambda module: True,
+) -> None:
+    """Let ``module.<hook>`` run inside ``context(module)``; otherwise as `instead`."""
+
+    def run(self: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with context(self):
+            return own(*args, **kwargs)
+
+    instead(module, hook, run, once, what=context)
+
+
+def unwrap(module: nn.Module, hook: str, what: Callable[..., Any]) -> None:
+    """Take off what `within` or `instead` put around ``module.<hook>`` with this, if it is the last put there."""
     wrapper: Any = module.__dict__.get(hook)
-    if _runs(wrapper, context):
+    if _runs(wrapper, what):
         del module.__dict__[hook]
         if wrapper.previous is not None:
             module.__dict__[hook] = wrapper.previous

@@ -32,6 +32,7 @@ from lightning_peft.callbacks.resuming import Place
 from lightning_peft.callbacks.sharding import check_mesh, check_sharding
 from lightning_peft.callbacks.table import adapter_table, show, trainable_share
 from lightning_peft.callbacks.telemetry import PREFIX, Telemetry
+from lightning_peft.callbacks.terms import with_terms
 from lightning_peft.engine import (
     AdapterError,
     Method,
@@ -176,6 +177,8 @@ class PEFT(L.Callback):
         def told(*_: Any) -> None:
             self._notify("on_after_optimizer_step", trainer, pl_module)
 
+        if pl_module.automatic_optimization and any(m.watched(adapted_root(pl_module)) for m in self.methods.values()):
+            self._while_training.enter_context(with_terms(trainer, pl_module, self.methods.keys()))
         for optimizer in trainer.optimizers:
             scale_in_step(optimizer)
             stepped = optimizer.register_step_post_hook(told)

@@ -1,7 +1,7 @@
 """The loss of a batch, computed on the side of training."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,19 @@ from torchmetrics import Metric
 from lightning_peft.engine import AdapterError
 
 
-def batch_loss(
-    trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, gradients: bool = False
-) -> Tensor:
-    """What ``training_step`` answers for ``batch`` in evaluation mode, with a graph or without; nothing else changes.
+def batch_loss(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """The loss of ``batch`` in evaluation mode, without a graph; nothing else changes.
+
+    Raises:
+        AdapterError: ``training_step`` optimizes by itself, or returns no loss.
+    """
+    return batch_losses(trainer, module, batch, batch_idx, gradients=False)["loss"]
+
+
+def batch_losses(
+    trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, gradients: bool = True
+) -> dict[str, Tensor]:
+    """All tensors that ``training_step`` returns for ``batch``, the loss as ``"loss"``; otherwise as `batch_loss`.
 
     Raises:
         AdapterError: ``training_step`` optimizes by itself, or returns no loss.
@@ -33,10 +42,10 @@ def batch_loss(
     # the step itself, not through wrappers of the strategy, which would wait for a backward of their own
     with wanted, _without_a_trace(module), trainer.strategy.precision_plugin.train_step_context():
         answer = module.training_step(*arguments)
-    loss = answer.get("loss") if isinstance(answer, dict) else answer
-    if not isinstance(loss, Tensor):
+    losses = answer if isinstance(answer, Mapping) else {"loss": answer}
+    if not isinstance(losses.get("loss"), Tensor):
         raise AdapterError(f"training_step returned {type(answer).__name__} where the loss of a batch is measured.")
-    return loss
+    return {key: value for key, value in losses.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

@@ -30,7 +30,9 @@ from .state import adapter_state as adapter_state
 from .state import load_adapter_state as load_adapter_state
 from .targets import Target as Target
 from .targets import matches as matches
+from .targets import select_modules as select_modules
 from .targets import select_parameters as select_parameters
 from .targets import select_targets as select_targets
 from .training import Training as Training
 from .training import notify as notify
+from .training import total_loss as total_loss

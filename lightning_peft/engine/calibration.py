@@ -97,7 +97,7 @@ class Calibration:
     def _who(self) -> str:
         return type(record_of(self.model).injections[self.name].method).__name__
 
-    def gradients(self, part: str | None = None, power: int = 1) -> dict[str, Tensor]:
+    def gradients(self, part: str = "loss", power: int = 1) -> dict[str, Tensor]:
         """Layer -> mean over all batches of the gradient of the loss (d_out, d_in), to a power entry by entry.
 
         One layer at a time is on the device.
@@ -127,16 +127,14 @@ class Calibration:
                     handle.remove()
         return {path: total / len(self.losses) for path, total in sums.items()}
 
-    def _part(self, loss: Loss, part: str | None) -> Tensor:
-        if part is None:
-            return loss["loss"] if isinstance(loss, Mapping) else loss
-        if not isinstance(loss, Mapping) or part not in loss:
-            there = ", ".join(loss) if isinstance(loss, Mapping) else "the loss alone"
+    def _part(self, answer: Loss, part: str) -> Tensor:
+        parts = answer if isinstance(answer, Mapping) else {"loss": answer}
+        if part not in parts:
             raise AdapterError(
-                f"{self._who} needs the part {part!r} of the loss by itself, and the training step returns {there}. "
-                f"Let it return {{'loss': ..., {part!r}: ...}}, both with their graphs."
+                f"{self._who} needs {part!r}, a part of the loss by itself, and the training step returns "
+                f"{', '.join(parts)}. Let it return {{'loss': ..., {part!r}: ...}}, all with their graphs."
             )
-        return loss[part]
+        return parts[part]
 
 
 def calibrate(model: nn.Module, losses: Sequence[Callable[[], Loss]], name: str = "default") -> None:

@@ -32,6 +32,7 @@ class Injection:
         active: whether it acts at present.
         state: what the method keeps beside its adapters (`Method.initial_state`).
         choice: what the method chose last for training (`Training.is_new`); never saved.
+        watched: whether its terms were added to the loss of a batch (`total_loss`); never saved.
     """
 
     method: Method
@@ -39,6 +40,7 @@ class Injection:
     active: bool = True
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     choice: Any = None
+    watched: bool = False
 
 
 @dataclasses.dataclass

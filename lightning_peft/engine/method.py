@@ -97,6 +97,19 @@ class Method(ABC):
         """
         return {}
 
+    def watched(self, model: nn.Module) -> str | None:
+        """Name of the module whose outputs `output_losses` looks at; None in a method that looks at none."""
+        return None
+
+    def output_losses(self, outputs: Tensor, base_outputs: Tensor) -> dict[str, Tensor]:
+        """Name -> scalar that is added to the loss of a batch, weighted.
+
+        Args:
+            outputs: what the watched module answered.
+            base_outputs: what it answers for the same batch in the base model, in evaluation mode; without a graph.
+        """
+        raise NotImplementedError
+
     def num_trainable(self, target: Target) -> int:
         """Trainable numbers that the adapter of ``target`` has, by the formula of the paper."""
         raise NotImplementedError
@@ -161,8 +174,10 @@ class HostedMethod(Method):
     def __post_init__(self) -> None:
         host = get_method(self.method)() if isinstance(self.method, str) else self.method
         check_range(type(self).__name__, "method", host, isinstance(host, Method), "a method such as LoRA(r=8)")
+        steady = "a method that does not choose by itself what trains when"
+        check_range(type(self).__name__, "method", host, not host.switches, steady)
         object.__setattr__(self, "method", host)
-        for fact in ("identity_at_init", "mergeable", "keeps_base"):
+        for fact in ("identity_at_init", "mergeable", "keeps_base", "calibrated"):
             object.__setattr__(self, fact, getattr(host, fact))
 
     @property
@@ -185,6 +200,30 @@ class HostedMethod(Method):
 
     def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:  # noqa: D102
         return self.host.learning_rate_ratio(adapter, parameter)
+
+    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: D102
+        return self.host.initial_state(model)
+
+    def calibrate(self, calibration: "Calibration") -> None:  # noqa: D102
+        self.host.calibrate(calibration)
+
+    def on_train_batch_start(self, training: "Training") -> None:  # noqa: D102
+        self.host.on_train_batch_start(training)
+
+    def on_before_optimizer_step(self, training: "Training") -> None:  # noqa: D102
+        self.host.on_before_optimizer_step(training)
+
+    def on_after_optimizer_step(self, training: "Training") -> None:  # noqa: D102
+        self.host.on_after_optimizer_step(training)
+
+    def penalties(self, training: "Training") -> dict[str, Tensor]:  # noqa: D102
+        return self.host.penalties(training)
+
+    def watched(self, model: nn.Module) -> str | None:  # noqa: D102
+        return self.host.watched(model)
+
+    def output_losses(self, outputs: Tensor, base_outputs: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        return self.host.output_losses(outputs, base_outputs)
 
     def num_trainable(self, target: Target) -> int:
         """As many as in the other method."""

@@ -9,19 +9,27 @@ The PEFT callback tells them to the methods by itself. A plain loop calls `notif
         optimizer.step()
         notify(model, "on_after_optimizer_step", optimizer, step=step)
         optimizer.zero_grad()
+
+A method that adds terms to the loss of each batch (BALoRA) needs `total_loss` around its computation, there and in
+manual optimization::
+
+        loss, terms = total_loss(model, lambda: compute_loss(model, batch))
+        loss.backward()
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.engine.calibration import check_calibrated
+from lightning_peft.engine.calibration import Loss, check_calibrated
 from lightning_peft.engine.errors import AdapterError
-from lightning_peft.engine.inject import Injection, record_of
+from lightning_peft.engine.inject import Injection, disabled, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
 
 Event = Literal["on_train_batch_start", "on_before_optimizer_step", "on_after_optimizer_step"]
@@ -138,9 +146,93 @@ def notify(
             check_calibrated(model, name)
             training = Training(model, name, several, **now)
             if event == "on_before_optimizer_step":
+                _check_watched(training)
                 added |= {f"{name}/{key}": value for key, value in _penalize(training).items()}
             getattr(injection.method, event)(training)
     return added
+
+
+def total_loss(
+    model: nn.Module,
+    compute: Callable[[], Loss],
+    base: Callable[[], Any] | None = None,
+    names: Collection[str] | None = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The loss of a batch, with the terms that methods add to it which look at the outputs of the model.
+
+    Where a method does, the batch goes through the base model first, without gradients.
+
+    Args:
+        model: the module that was given to `inject`.
+        compute: computes the loss of the batch with ``model``; or a mapping with ``"loss"`` in it.
+        base: runs the same batch through ``model``, whose adapters are switched off then; ``compute`` in evaluation
+            mode, with the same random numbers, by default.
+        names: of the adapters whose terms to add; all by default.
+
+    Returns:
+        What ``compute`` returned with the terms added, and name -> value of each.
+
+    Raises:
+        AdapterError: the module that a method looks at was not called.
+    """
+    chosen = {n: i for n, i in record_of(model).injections.items() if i.active and (names is None or n in names)}
+    paths = {name: path for name, injection in chosen.items() if (path := injection.method.watched(model))}
+    if not paths:
+        return compute(), {}
+    with disabled(model), torch.no_grad(), _outputs(model, paths.values()) as base_outputs:
+        (base or functools.partial(_on_the_side, model, compute))()
+    with _outputs(model, paths.values()) as outputs:
+        answer = compute()
+    terms: dict[str, Tensor] = {}
+    for name, path in paths.items():
+        if not outputs[path] or len(outputs[path]) != len(base_outputs[path]):
+            raise AdapterError(
+                f"{type(chosen[name].method).__name__} looks at what {path!r} answers, and it was called "
+                f"{len(outputs[path])} times for this batch, {len(base_outputs[path])} times in the base model. Name "
+                "the module whose outputs are the logits."
+            )
+        chosen[name].watched = True
+        for mine, theirs in zip(outputs[path], base_outputs[path], strict=True):
+            for key, term in chosen[name].method.output_losses(mine, theirs).items():
+                terms[f"{name}/{key}"] = terms.get(f"{name}/{key}", 0) + term / len(outputs[path])
+    added: Any = sum(terms.values())
+    answer = {**answer, "loss": answer["loss"] + added} if isinstance(answer, Mapping) else answer + added
+    return answer, {key: value.detach() for key, value in terms.items()}
+
+
+@contextmanager
+def _outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Path -> what this module answers while it lasts, call by call."""
+    found: dict[str, list[Tensor]] = {path: [] for path in paths}
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda m, args, y, path=path: found[path].append(y))
+        for path in found
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_the_side(model: nn.Module, compute: Callable[[], Any]) -> None:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            compute()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_watched(training: Training) -> None:
+    method = training.injection.method
+    if method.watched(training.model) and not training.injection.watched:
+        raise AdapterError(
+            f"{type(method).__name__} adds terms to the loss of each batch, and nobody did. In manual optimization and "
+            "in a plain loop: loss, terms = total_loss(model, lambda: compute_loss(model, batch))."
+        )
 
 
 def _penalize(training: Training) -> dict[str, Tensor]:

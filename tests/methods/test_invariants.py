@@ -22,6 +22,7 @@ from lightning_peft.engine import (
     inject,
     load_adapter_state,
     notify,
+    total_loss,
 )
 from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny, trainable
 
@@ -67,7 +68,7 @@ def train(
         optimizer.zero_grad()
         now = {"step": step, "epoch": step // 2, "total_steps": 8, "loss": lambda: F.mse_loss(model(x), goal)}
         notify(model, "on_train_batch_start", optimizer, **now)
-        loss = F.mse_loss(model(x), goal)
+        loss, _ = total_loss(model, lambda: F.mse_loss(model(x), goal))
         loss.backward()
         notify(model, "on_before_optimizer_step", optimizer, **now)
         optimizer.step()

@@ -1,11 +1,13 @@
 """Low-rank updates of weights."""
 
+from .balora import BALoRA as BALoRA
 from .corda import CorDA as CorDA
 from .dora import DoRA as DoRA
 from .eva import EVA as EVA
 from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
 from .kasa import KaSA as KaSA
+from .loku import LoKU as LoKU
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
 from .loraplus import LoRAPlus as LoRAPlus

@@ -90,10 +90,13 @@ class IST(HostedMethod):
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The importances."""
         self.n_chosen(model)
-        return {"importance": torch.zeros(len(find_blocks(model, self.blocks)), dtype=torch.float64)}
+        return super().initial_state(model) | {
+            "importance": torch.zeros(len(find_blocks(model, self.blocks)), dtype=torch.float64)
+        }
 
     def on_train_batch_start(self, training: Training) -> None:
         """Measure the importances where it is time to, and choose the blocks of this step."""
+        super().on_train_batch_start(training)
         importance, blocks = training.state["importance"], find_blocks(training.model, self.blocks)
         k = self.n_chosen(training.model)
         if training.step % self.interval_steps == 0 and training.step:

@@ -68,10 +68,11 @@ class LPFT(HostedMethod):
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Whether the second stage has begun."""
-        return {"tuned": torch.zeros(())}
+        return super().initial_state(model) | {"tuned": torch.zeros(())}
 
     def on_train_batch_start(self, training: Training) -> None:
         """Begin the stage of this epoch."""
+        super().on_train_batch_start(training)
         probing, tuned = training.epoch < self.lp_epochs, training.state["tuned"]
         if training.is_new(probing):
             head = select_parameters(training.model, self.head, who="LPFT")
