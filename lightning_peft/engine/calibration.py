@@ -8,6 +8,7 @@ The PEFT callback calibrates by itself, on the first batches of the user's train
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine.errors import AdapterError
 from lightning_peft.engine.inject import record_of
-from lightning_peft.engine.slots import Adapter, adapters_of
+from lightning_peft.engine.slots import Adapter, active_adapters, adapters_of, effective
 
 Loss = Tensor | Mapping[str, Tensor]
 
@@ -41,6 +42,12 @@ class Calibration:
     def adapters(self) -> list[tuple[str, nn.Module, Adapter]]:
         """(module name, module, adapter) of all that were injected under this name."""
         return adapters_of(self.model, self.name)
+
+    def weight(self, module: nn.Module, adapter: Adapter) -> Tensor:
+        """What lies below ``adapter`` on ``module``: (d_out, d_in) with the adapters that were injected before."""
+        active = active_adapters(module, adapter.site.weight)
+        weight, _ = effective(module, adapter.site, itertools.takewhile(lambda a: a is not adapter, active))
+        return weight.detach().flatten(1)
 
     def observe_inputs(self, observe: Callable[[nn.Module, Tensor], None]) -> None:
         """Run all batches without gradients; ``observe(module, x)`` sees inputs (tokens, d_in) of adapted layers.

@@ -288,7 +288,9 @@ def _fill(adapter: Adapter, target: Target, name: str) -> None:
     # a generator of its own: other random numbers stay as they were, and the order of the modules has no influence
     seed = zlib.crc32(f"{name}/{target.name}".encode()) ^ (torch.initial_seed() & 0xFFFFFFFF)
     with torch.no_grad():
-        adapter.reset_parameters(Layer(target.module, target.site), torch.Generator().manual_seed(seed))
+        holds = slots.holds_adapters(target.module)
+        below = slots.active_adapters(target.module, target.site.weight) if holds else ()
+        adapter.reset_parameters(Layer(target.module, target.site, below), torch.Generator().manual_seed(seed))
 
 
 def _freeze(model: nn.Module, record: Record) -> None:

@@ -78,7 +78,7 @@ class CorDA(PiSSA):
         starts = []
         for path, module, adapter in calibration.adapters():
             C = calibration.measured("input", path, sums.get(module)).double()
-            weight = adapter.site.get(module)[0].detach().flatten(1).double()
+            weight = calibration.weight(module, adapter).double()
             starts.append((adapter, *self._decomposed(weight, C, len(adapter.lora_A))))  # type: ignore[arg-type]
         for adapter, A, B in starts:
             restarted: Any = adapter

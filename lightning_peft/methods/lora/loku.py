@@ -74,7 +74,7 @@ class LoKU(PiSSA):
         for path, module, adapter in calibration.adapters():
             importance = calibration.measured("gradient", path, forget.get(path))
             importance = importance / (1e-5 + retain.get(path, torch.zeros_like(importance)))
-            weight = adapter.site.get(module)[0].detach().flatten(1).to(adapter.scaling.dtype)  # type: ignore[arg-type]
+            weight = calibration.weight(module, adapter).to(adapter.scaling.dtype)  # type: ignore[arg-type]
             rho = importance.sum(1, keepdim=True).sqrt().to(weight)
             U, values, Vh = leading_svd(rho * weight, len(adapter.lora_A), self.niter, generator)  # type: ignore[arg-type]
             root = values.sqrt()
