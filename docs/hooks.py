@@ -52,10 +52,13 @@ def methods_table() -> str:
                 trained(row.cls),
                 "yes" if row.cls.identity_at_init else "no",
                 "yes" if row.mergeable else "no",
+                "yes" if row.cls.calibrated else "no",
+                cost(row.cls),
                 _paper(row.paper),
             ]
         )
-    head = ["Class", "Name", "Family", "What it does", "Trains", "Starts as the base", "Merges", "Paper"]
+    head = ["Class", "Name", "Family", "What it does", "Trains", "Starts as the base", "Merges"]
+    head += ["Calibrated", "Extra cost per step", "Paper"]
     return _table(head, rows)
 
 
@@ -76,6 +79,11 @@ def trained(cls: type[Method]) -> str:
     return f"{_summary(cls.num_trainable)} per layer{head}"
 
 
+def cost(cls: type[Method]) -> str:
+    """What a step takes beyond a forward and a backward of LoRA, as the file of the method says."""
+    return _plain(_labels(inspect.getdoc(sys.modules[cls.__module__]) or "").get("Cost", "none"))
+
+
 def method_page(cls: type[Method]) -> str:
     """What the file of a method says about itself, and the facts it declares."""
     whole = inspect.getdoc(cls) or ""
@@ -91,6 +99,8 @@ def method_page(cls: type[Method]) -> str:
         "Trains": trained(cls),
         "Starts as the base": "yes" if cls.identity_at_init else "no",
         "Merges": "yes" if cls.mergeable else "no",
+        "Calibrated": "yes: its start is measured on training data" if cls.calibrated else "no",
+        "Extra cost per step": cost(cls),
         "Gives the base back": "yes, bit for bit" if cls.keeps_base else "no: no copy of the base is kept",
         "Meant for": ", ".join(cls.modalities),
     }
@@ -98,6 +108,8 @@ def method_page(cls: type[Method]) -> str:
     parts = [f"# {cls.__name__}", _purpose(cls), *map(_plain, paragraphs[1:])]
     parts.append(_table(["Fact", ""], [[key, value] for key, value in facts.items()]))
     for label, value in labels.items():
+        if label == "Cost":
+            continue
         prose = label not in ("Formula", "Shapes", "Init", "Merge", "Schedule", "Loss")
         parts.append(f"**{label}**\n\n{_plain(value) if prose else f'`{value}`'}")
     parts.append(f"## Use\n\n```python\n{_use(cls)}\n```\n\n```console\n{_command(cls)}\n```")

@@ -10,6 +10,8 @@ Shapes:   as PiSSA; z (batch, D) or (batch, tokens, D); Cov (D, D) over all rows
 Init:     as PiSSA; L_c = 0
 Merge:    as PiSSA
 Schedule: with each batch, which goes through the base model as well, without gradients
+Cost:     a forward of the base model for each batch, and the singular values of its outputs; a second pair of thin
+          products
 Deviates from the authors' code: no second copy of the model, as the base is still there below the adapters; singular
           values are those of one matrix, where theirs takes it for a batch of them.
 """

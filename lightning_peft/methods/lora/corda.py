@@ -8,6 +8,7 @@ Init:     A_0 = diag(sqrt(sigma / s)) V^T C^-1, B_0 = U diag(sqrt(sigma / s)); y
 Merge:    as PiSSA
 Schedule: C is measured before training; each batch is divided by its largest absolute entry, as the authors' code
           means to do (it takes the largest entry)
+Cost:     a second pair of thin products
 """
 
 from dataclasses import dataclass

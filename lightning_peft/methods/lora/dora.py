@@ -5,6 +5,7 @@ Formula:  y = b + m / c * (W x + scaling * B A dropout(x)),  c = norm of each ro
 Shapes:   as LoRA, and magnitude m (d_out,); convolution: the norm runs over all axes but the first
 Init:     as LoRA, m = c; y starts as the base
 Merge:    W <- m / c * (W + scaling * B A), the bias stays
+Cost:     the norms of all rows of W + s B A
 """
 
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ Shapes:   lora_A, noise_A (r, d_in); lora_B, noise_B (d_out, r); lora_z (r,);
 Init:     lora_A as LoRA, lora_B = 0, lora_z ~ N(0, 1); y starts as the base less its r smallest components
 Merge:    W <- W - U_r diag(sigma_r) V_r^T + s B diag(z) A
 Schedule: the gradients of the penalties are added once for each optimizer step, however many batches it has
+Cost:     a second pair of thin products; two products (r, r) per layer for the penalty
 Deviates from the authors' code: what is taken out is kept beside the weight, so that the base stays bit for bit as it
           is; the r smallest of min(d_in, d_out) triplets are taken out, as the paper says, not all beyond the first
           d_in - r; ||A A^T - I|| and ||B^T B - I|| in place of the large ||A^T A - I|| and ||B B^T - I||, which have

@@ -7,6 +7,7 @@ Shapes:   G (d_out, d_in); lora_A (r, d_in), lora_B (d_out, r)
 Init:     as above, acting as if the product started at zero; y starts as the base
 Merge:    as PiSSA
 Schedule: G is measured before training
+Cost:     a second pair of thin products
 Deviates from HF PEFT: it gives B the singular values of the gradient; here both factors have the size of the paper.
 """
 

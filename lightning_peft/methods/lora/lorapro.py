@@ -8,6 +8,7 @@ Shapes:   as LoRA; X (r, r)
 Init:     as LoRA; y starts as the base
 Merge:    as LoRA
 Schedule: behind accumulation and averaging, before clipping; any optimizer steps with the result
+Cost:     two eigendecompositions (r, r) per layer
 Deviates from the authors' code: that keeps moments of the whole weight, (d_out, d_in), and steps by itself; this is the
           paper's form for gradients, with no more memory than LoRA.
 """

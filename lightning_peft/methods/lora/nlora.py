@@ -6,6 +6,7 @@ Shapes:   lora_A, start_A (r, d_in); lora_N, start_N (r, r); lora_B, start_B (d_
           a convolution is flattened to (c_out, c_in * kernel)
 Init:     A_0 = W[:r, :], B_0 = W[:, :r], N_0 = W[:r, :r] or its pseudo-inverse; y starts as the base
 Merge:    W <- W + s (B N A - B_0 N_0 A_0)
+Cost:     a second pair of thin products
 Deviates from the authors' code: that adds B N A to W and takes nothing out, so that y starts as something else.
 """
 

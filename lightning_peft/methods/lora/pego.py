@@ -8,6 +8,7 @@ Formula:  y = W x + b + s sum_i B_i A_i dropout(x);
 Shapes:   lora_A (n * r, d_in) and lora_B (d_out, n * r): A_i is a block of r rows, B_i of r columns
 Init:     as LoRA; y starts as the base
 Merge:    W <- W + s B A, the sum over the group
+Cost:     products (d_out, d_out) per layer for the penalty: n of W with each group, n (n - 1) / 2 among groups
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ Formula:  y = (W - s B_0 A_0) x + b + s B A x,  with s B_0 A_0 = U_r diag(sigma_
 Shapes:   lora_A, start_A (r, d_in); lora_B, start_B (d_out, r); a convolution is flattened to (c_out, c_in * kernel)
 Init:     A_0 = diag(sqrt(sigma_r / s)) V_r^T, B_0 = U_r diag(sqrt(sigma_r / s)); y starts as the base
 Merge:    W <- W + s (B A - B_0 A_0)
+Cost:     a second pair of thin products
 Deviates from the authors' code: the first product is kept beside the weight, not taken out of it, so that the base
           stays bit for bit as it is.
 """

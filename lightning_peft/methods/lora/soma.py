@@ -7,6 +7,7 @@ Formula:  as PiSSA, with the r last singular triplets of W in place of the leadi
 Shapes:   as PiSSA
 Init:     A_0 = diag(sqrt(sigma / s)) V^T, B_0 = U diag(sqrt(sigma / s)) of the last r; y starts as the base
 Merge:    as PiSSA
+Cost:     a second pair of thin products
 Deviates from the paper: which blocks are adapted is said with ``layers_to_transform``, and an annealed weight decay is
           a matter of the scheduler.
 """

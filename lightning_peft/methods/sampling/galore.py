@@ -9,6 +9,7 @@ Shapes:   G, W (d_out, d_in); P (r, d_in) or (d_out, r)
 Init:     the model as it is; y starts as the base
 Merge:    nothing to do: the change is folded into W after each step, and no copy of the base is kept
 Schedule: the full gradient G is made every update_proj_gap steps only; moments stay when P changes
+Cost:     every `update_proj_gap` steps, whole gradients and a decomposition of each
 Deviates from the paper: between two changes of P the gradient is made in its projected form at once.
 """
 

@@ -9,6 +9,7 @@ Shapes:   I (number of blocks,)
 Init:     I = 0; adapters as the other method makes them
 Merge:    as the other method
 Schedule: the importances are measured on the coming batch, without gradients
+Cost:     every `interval_steps` steps, `n_subsets` forwards
 Deviates from the paper: it publishes no code; sign, centring and the defaults of the constants are ours.
 """
 
