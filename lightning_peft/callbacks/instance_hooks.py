@@ -4,6 +4,7 @@ The wrapper is a bound method named like the hook, so that Lightning's own inspe
 treat it like any method.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
@@ -63,7 +64,8 @@ def instead(
 
     wrapper.previous = previous  # type: ignore[attr-defined]
     if isinstance(module, nn.Module) and is_overridden(hook, module):
-        wrapper.__wrapped__ = getattr(module, hook)  # type: ignore[attr-defined]  # Lightning asks for its arguments
+        # Lightning asks it for its arguments, and looks below one wrapper alone
+        wrapper.__wrapped__ = inspect.unwrap(getattr(module, hook))  # type: ignore[attr-defined]
     _hang(wrapper, module, hook, what)
 
 

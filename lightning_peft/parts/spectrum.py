@@ -1,7 +1,11 @@
 """Singular values and vectors of weights, all of them or the leading ones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_peft.engine import Training
 
 
 def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +39,18 @@ def distance_from_orthonormal(rows: Tensor) -> Tensor:
     """Frobenius norm of ``rows rows^T - I``, a scalar; for rows (r, d) it is 0 where they are orthonormal."""
     rows = rows.flatten(1)
     return torch.linalg.matrix_norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
+
+
+def orthonormality(training: Training, weight: float) -> dict[str, Tensor]:
+    """A penalty: ``weight`` times the mean distance of lora_A's rows and lora_B's columns from orthonormal ones.
+
+    Over all layers; empty for a weight of zero.
+    """
+    adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
+    if not weight or not adapters:
+        return {}
+    factors = [factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B.T)]
+    return {"orthonormality": weight * torch.stack([distance_from_orthonormal(factor) for factor in factors]).mean()}
 
 
 class PrincipalComponents:

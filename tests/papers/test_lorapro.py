@@ -2,19 +2,20 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_peft import LoRAPro, inject
+from lightning_peft import AdapterError, LoRAPro, inject
 from lightning_peft.engine import adapters_of, notify
 from tests.papers.stack import loss, stack, steps
 
 S = 6 / 2
 
 
-def moved() -> nn.Module:
-    model = inject(stack(2).double(), LoRAPro(r=2, alpha=6.0, target_modules=("up", "down")))
+def moved(mode: Any = "plain") -> nn.Module:
+    model = inject(stack(2).double(), LoRAPro(r=2, alpha=6.0, target_modules=("up", "down"), mode=mode))
     for i, (_, _, adapter) in enumerate(adapters_of(model)):
         generator = torch.Generator().manual_seed(i)
         adapter.lora_B.data = torch.randn(adapter.lora_B.shape, generator=generator, dtype=torch.float64)
@@ -87,3 +88,62 @@ def test_a_step_without_finite_gradients_keeps_them_for_the_loss_scaler_to_see()
     notify(model, "on_before_optimizer_step", SGD(model.parameters(), lr=0.1))
     assert torch.equal(adapter.lora_A.grad, before[0])
     assert torch.equal(adapter.lora_B.grad, before[1])
+
+
+def nearest_gradients(A: Tensor, B: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """What makes the step nearest to G, and of all that do, what is nearest to the gradients of A and B for G."""
+    P, Q = torch.linalg.inv(B.T @ B), torch.linalg.inv(A @ A.T)
+    g_A, g_B = S * B.T @ G, S * G @ A.T
+    eye = torch.eye(len(A), dtype=A.dtype)
+    system = torch.kron(B.T @ B, eye) + torch.kron(eye, A @ A.T)  # of X row by row
+    X = torch.linalg.solve(system, (-P @ g_A @ A.T / S**2).flatten()).view_as(eye)
+    return P @ g_A / S**2 + X @ A, (g_B - B @ P @ B.T @ g_B) @ Q / S**2 - B @ X
+
+
+def test_the_full_mode_steps_as_adam_on_the_whole_weight_projected() -> None:
+    model, twin = moved("full"), stack(2).double()
+    base = [twin.get_submodule(path).weight.detach().clone() for path, _, _ in adapters_of(model)]
+    factors = [(a.lora_A.detach().clone(), a.lora_B.detach().clone()) for _, _, a in adapters_of(model)]
+    dense = [nn.Parameter(torch.zeros_like(w)) for w in base]
+    adam = Adam(dense, lr=1.0, betas=(0.8, 0.95), eps=1e-6)
+    theirs = AdamW([p for p in model.parameters() if p.requires_grad], 0.02, (0.8, 0.95), 1e-6, weight_decay=0.1)
+    for step in range(5):
+        for (path, _, _), w, (A, B) in zip(adapters_of(model), base, factors, strict=True):
+            twin.get_submodule(path).weight.data = w + S * B @ A
+        twin.zero_grad()
+        loss(twin, step).backward()
+        for (path, _, _), p, (A, B) in zip(adapters_of(model), dense, factors, strict=True):
+            p.grad = nearest_step(A, B, twin.get_submodule(path).weight.grad)
+            p.data.zero_()
+        adam.step()
+        for i, ((A, B), p) in enumerate(zip(factors, dense, strict=True)):
+            new_A, new_B = nearest_gradients(A, B, -p.detach())
+            factors[i] = (1 - 0.02 * 0.1) * A - 0.02 * new_A, (1 - 0.02 * 0.1) * B - 0.02 * new_B
+        steps(model, theirs, step, step + 1)
+        for (_, _, adapter), (A, B) in zip(adapters_of(model), factors, strict=True):
+            torch.testing.assert_close(adapter.lora_A.detach(), A, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(adapter.lora_B.detach(), B, rtol=1e-5, atol=1e-6)
+
+
+def run(made: Any, skipped: bool = False) -> list[Tensor]:
+    model = inject(stack(2), LoRAPro(r=2, mode="full"))
+    optimizer: Optimizer = made([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    if skipped:  # a loss scaler that finds no finite gradients does not step, and the next ones are others
+        loss(model, 7).backward()
+        notify(model, "on_before_optimizer_step", optimizer)
+        optimizer.zero_grad()
+    steps(model, optimizer, 0, 4)
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+def test_the_full_mode_does_not_depend_on_the_optimizer_that_steps() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(run(SGD), run(RMSprop), strict=True))
+
+
+def test_a_step_that_is_passed_over_leaves_no_moments() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(run(Adam), run(Adam, skipped=True), strict=True))
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(AdapterError, match="mode must be 'plain' or 'full', got 'sgd'"):
+        LoRAPro(mode="sgd")

@@ -1,6 +1,8 @@
 """Changes of weights that are small by another structure than one low-rank product."""
 
+from .adalora import AdaLoRA as AdaLoRA
 from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .miss import MiSS as MiSS
 from .paca import PaCA as PaCA
+from .vera import VeRA as VeRA

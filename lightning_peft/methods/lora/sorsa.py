@@ -16,7 +16,7 @@ Deviates from the authors' code: the first product is kept beside the weight, no
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lightning_peft.adapters.diagonal import Diagonal
 from lightning_peft.adapters.low_rank import LowRankConv, Recentred
 from lightning_peft.engine import Adapter, Kind, Layer, Target, Training, check_range, register
 from lightning_peft.methods.lora.lora import LoRA
-from lightning_peft.parts.spectrum import distance_from_orthonormal, leading_svd
+from lightning_peft.parts.spectrum import leading_svd, orthonormality
 
 
 class SingularTriplets(Diagonal, Recentred):
@@ -84,12 +84,7 @@ class SORSA(LoRA):
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """gamma * R."""
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
-        if not self.gamma or not adapters:
-            return {}
-        factors = [factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B.T)]
-        distances = [distance_from_orthonormal(factor) for factor in factors]
-        return {"orthonormality": self.gamma * torch.stack(distances).mean()}
+        return orthonormality(training, self.gamma)
 
     def num_trainable(self, target: Target) -> int:
         """r * (d_in + d_out + 1)."""
