@@ -5,4 +5,5 @@ from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .miss import MiSS as MiSS
 from .paca import PaCA as PaCA
+from .randlora import RandLoRA as RandLoRA
 from .vera import VeRA as VeRA
