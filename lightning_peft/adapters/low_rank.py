@@ -176,5 +176,14 @@ class Recentred(LowRank):
         return super().delta() - dense(*self.first_factors())
 
 
+class MeasuredStart(Recentred):
+    """The same with a start that is measured on data; it is zero until then."""
+
+    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
+        """Zero."""
+        for tensor in (self.lora_A, self.lora_B, self.start_A, self.start_B):
+            tensor.zero_()
+
+
 class RecentredConv(Recentred, LowRankConv):
     """The same for convolutions; the weight is flattened to (c_out, c_in / groups * kernel) for the start."""

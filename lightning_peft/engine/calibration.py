@@ -39,8 +39,8 @@ class Calibration:
     name: str
     losses: Sequence[Callable[[], Loss]]
 
-    def adapters(self) -> list[tuple[str, nn.Module, Adapter]]:
-        """(module name, module, adapter) of all that were injected under this name."""
+    def adapters(self) -> list[tuple[str, nn.Module, Any]]:
+        """(module name, module, adapter) of all that were injected under this name; of the classes of the method."""
         return adapters_of(self.model, self.name)
 
     def weight(self, module: nn.Module, adapter: Adapter) -> Tensor:

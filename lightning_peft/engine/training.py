@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from lightning_peft.engine.calibration import Loss, check_calibrated
 from lightning_peft.engine.errors import AdapterError
 from lightning_peft.engine.inject import Injection, disabled, record_of
-from lightning_peft.engine.slots import Adapter, adapters_of
+from lightning_peft.engine.slots import adapters_of
 
 Event = Literal["on_train_batch_start", "on_before_optimizer_step", "on_after_optimizer_step"]
 
@@ -70,8 +70,8 @@ class Training:
         """The tensors that the method keeps beside its adapters (`Method.initial_state`); saved and resumed."""
         return self.injection.state
 
-    def adapters(self) -> list[tuple[str, nn.Module, Adapter]]:
-        """(module name, module, adapter) of all that were injected under this name."""
+    def adapters(self) -> list[tuple[str, nn.Module, Any]]:
+        """(module name, module, adapter) of all that were injected under this name; of the classes of the method."""
         return adapters_of(self.model, self.name)
 
     def parameters(self) -> dict[str, nn.Parameter]:

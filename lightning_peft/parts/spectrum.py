@@ -1,7 +1,5 @@
 """Singular values and vectors of weights, all of them or the leading ones."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,7 +44,7 @@ def orthonormality(training: Training, weight: float) -> dict[str, Tensor]:
 
     Over all layers; empty for a weight of zero.
     """
-    adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
+    adapters = [adapter for _, _, adapter in training.adapters()]
     if not weight or not adapters:
         return {}
     factors = [factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B.T)]

@@ -16,7 +16,7 @@ Deviates from the authors' code: t counts the steps that were taken, so that the
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class AdaLoRA(LoRA):
     def on_after_optimizer_step(self, training: Training) -> None:
         """Measure, and choose if it is time to."""
         step, final = training.step + 1, self.final_step(training)
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
+        adapters = [adapter for _, _, adapter in training.adapters()]
         for parameter in (p for adapter in adapters for p in adapter.parameters() if step < final):
             measure_sensitivity(training, parameter, self.beta1, self.beta2)
         choose = step == final or (self.tinit < step < final and step % self.deltaT == 0)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.low_rank import Recentred
+from lightning_peft.adapters.low_rank import MeasuredStart
 from lightning_peft.engine import Adapter, Calibration, Kind, check_range, register
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import svd
@@ -51,7 +51,7 @@ class CorDA(PiSSA):
     """
 
     paper: ClassVar[str] = "arXiv:2406.05223"
-    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Recentred}
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": MeasuredStart}
     calibrated: ClassVar[bool] = True
 
     mode: Mode = "ipm"
@@ -63,10 +63,6 @@ class CorDA(PiSSA):
         check_range("CorDA", "damping", self.damping, self.damping > 0, "above 0")
         check_range("CorDA", "niter", self.niter, self.niter is None, "None: the decomposition is exact")
 
-    def start(self, weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Zero, until there is data."""
-        return weight.new_zeros(r, weight.shape[1]), weight.new_zeros(len(weight), r)
-
     def calibrate(self, calibration: Calibration) -> None:
         """Measure C for each layer, and decompose W C."""
         sums: dict[nn.Module, Tensor] = {}
@@ -76,14 +72,13 @@ class CorDA(PiSSA):
             sums[module] = sums.get(module, 0) + x.T @ x
 
         calibration.observe_inputs(observe)
-        starts = []
+        starts: list[Any] = []
         for path, module, adapter in calibration.adapters():
             C = calibration.measured("input", path, sums.get(module)).double()
             weight = calibration.weight(module, adapter).double()
-            starts.append((adapter, *self._decomposed(weight, C, len(adapter.lora_A))))  # type: ignore[arg-type]
+            starts.append((adapter, *self._decomposed(weight, C, len(adapter.lora_A))))
         for adapter, A, B in starts:
-            restarted: Any = adapter
-            restarted.restart(A, B)
+            adapter.restart(A, B)
 
     def _decomposed(self, weight: Tensor, C: Tensor, r: int) -> tuple[Tensor, Tensor]:
         C, eye, damping = C / C.diagonal().mean(), torch.eye(len(C)).to(C), self.damping

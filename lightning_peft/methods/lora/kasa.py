@@ -17,7 +17,7 @@ Deviates from the authors' code: what is taken out is kept beside the weight, so
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ class KaSA(LoRA):
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """beta * mean of |z|^2, and gamma * mean of the distances."""
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
+        adapters = [adapter for _, _, adapter in training.adapters()]
         found = {}
         if self.beta and adapters:
             found["singular_values"] = self.beta * torch.stack([a.lora_z.square().sum() for a in adapters]).mean()

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
 
-from lightning_peft.adapters.low_rank import Recentred
+from lightning_peft.adapters.low_rank import MeasuredStart
 from lightning_peft.engine import Adapter, Calibration, Kind, register
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
@@ -55,7 +54,7 @@ class LoKU(PiSSA):
     """
 
     paper: ClassVar[str] = "arXiv:2408.06621"
-    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Recentred}
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": MeasuredStart}
     calibrated: ClassVar[bool] = True
 
     r: int = 32
@@ -63,26 +62,20 @@ class LoKU(PiSSA):
     forget: str = "forget"
     retain: str = "retain"
 
-    def start(self, weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Zero, until there is data."""
-        return weight.new_zeros(r, weight.shape[1]), weight.new_zeros(len(weight), r)
-
     def calibrate(self, calibration: Calibration) -> None:
         """Measure F for each layer, and decompose the weight under it."""
         forget, retain = (calibration.gradients(part, power=2) for part in (self.forget, self.retain))
-        generator = torch.Generator().manual_seed(torch.initial_seed() & 0xFFFFFFFF)
-        starts = []
+        starts: list[Any] = []
         for path, module, adapter in calibration.adapters():
             importance = calibration.measured("gradient", path, forget.get(path))
             importance = importance / (1e-5 + retain.get(path, torch.zeros_like(importance)))
-            weight = calibration.weight(module, adapter).to(adapter.scaling.dtype)  # type: ignore[arg-type]
+            weight = calibration.weight(module, adapter).to(adapter.scaling.dtype)
             rho = importance.sum(1, keepdim=True).sqrt().to(weight)
-            U, values, Vh = leading_svd(rho * weight, len(adapter.lora_A), self.niter, generator)  # type: ignore[arg-type]
+            U, values, Vh = leading_svd(rho * weight, len(adapter.lora_A), self.niter, torch.Generator())
             root = values.sqrt()
             starts.append((adapter, root[:, None] * Vh, U * root / (rho + 1e-5)))
         for adapter, A, B in starts:
-            restarted: Any = adapter
-            restarted.restart(A, B)
+            adapter.restart(A, B)
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

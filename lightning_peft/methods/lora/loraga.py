@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
 
-from lightning_peft.adapters.low_rank import Recentred
+from lightning_peft.adapters.low_rank import MeasuredStart
 from lightning_peft.engine import Adapter, Calibration, Kind, TargetError, check_range, register
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
@@ -48,7 +47,7 @@ class LoRAGA(PiSSA):
     """
 
     paper: ClassVar[str] = "arXiv:2407.05000"
-    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Recentred}
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": MeasuredStart}
     calibrated: ClassVar[bool] = True
 
     r: int = 8
@@ -69,23 +68,18 @@ class LoRAGA(PiSSA):
             )
         return super().adapter(target)
 
-    def start(self, weight: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Zero, until there is data."""
-        return weight.new_zeros(r, weight.shape[1]), weight.new_zeros(len(weight), r)
-
     def calibrate(self, calibration: Calibration) -> None:
         """Measure G for each layer, and decompose it."""
-        gradients, starts = calibration.gradients(), []
-        generator = torch.Generator().manual_seed(torch.initial_seed() & 0xFFFFFFFF)
+        gradients = calibration.gradients()
+        starts: list[Any] = []
         for path, _, adapter in calibration.adapters():
             gradient = calibration.measured("gradient", path, gradients.get(path))
-            r = len(adapter.lora_A)  # type: ignore[arg-type]
-            U, _, Vh = leading_svd(gradient, 2 * r, self.niter, generator)
-            c = float(adapter.scaling) ** 0.5 * len(gradient) ** 0.25 / self.gamma**0.5  # type: ignore[arg-type]
+            r = len(adapter.lora_A)
+            U, _, Vh = leading_svd(gradient, 2 * r, self.niter, torch.Generator())
+            c = float(adapter.scaling) ** 0.5 * len(gradient) ** 0.25 / self.gamma**0.5
             starts.append((adapter, c * Vh[:r], c * U[:, r:]))
         for adapter, A, B in starts:
-            restarted: Any = adapter
-            restarted.restart(A, B)
+            adapter.restart(A, B)
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

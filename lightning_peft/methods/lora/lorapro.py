@@ -75,7 +75,7 @@ class LoRAPro(LoRA):
             if A.grad is None or B.grad is None:
                 continue
             if self.mode == "full":
-                adapter.before = A.clone(), B.clone()  # type: ignore[assignment]
+                adapter.before = A.clone(), B.clone()
             elif A.grad.isfinite().all() and B.grad.isfinite().all():  # else the loss scaler passes over this step
                 for factor, gradient in zip((A, B), adjusted(A, B, A.grad, B.grad, scaling), strict=True):
                     factor.grad.copy_(gradient.view_as(factor))
