@@ -1,0 +1,56 @@
+"""Which implementation an operation runs: its Triton kernel on an accelerator, its PyTorch twin everywhere else.
+
+``LIGHTNING_PEFT_KERNELS`` decides otherwise: ``torch`` takes the twin everywhere, ``triton`` the kernel and nothing
+else, ``interpret`` runs kernels in Triton's interpreter (with ``TRITON_INTERPRET=1`` set before Python starts), on the
+CPU too, which is how their arithmetic is tested without an accelerator.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch", "interpret"]
+VARIABLE = "LIGHTNING_PEFT_KERNELS"
+
+# multiply and add in one step: what Triton did by itself up to 3.9
+OPTIONS = {"enable_fp_fusion": True}
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def backend() -> Backend:
+    """What ``LIGHTNING_PEFT_KERNELS`` asks for.
+
+    Raises:
+        ValueError: it is none of the four, or asks for what is not there.
+    """
+    asked = os.environ.get(VARIABLE, "auto")
+    if asked not in get_args(Backend):
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(get_args(Backend))}, got {asked!r}.")
+    if asked in ("triton", "interpret") and not HAS_TRITON:
+        raise ValueError(f"{VARIABLE}={asked} needs triton, which is not installed: pip install triton.")
+    if asked == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{VARIABLE}=interpret needs TRITON_INTERPRET=1 too, set before Python starts.")
+    return asked  # type: ignore[return-value]
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether the kernel computes for ``x``.
+
+    Raises:
+        ValueError: it is asked for, and ``x`` is not on an accelerator.
+    """
+    asked = backend()
+    if asked == "triton" and not x.is_cuda:
+        raise ValueError(f"{VARIABLE}=triton, and a tensor is on {x.device}. Move it, or set {VARIABLE}=auto.")
+    return asked == "interpret" or (asked != "torch" and HAS_TRITON and x.is_cuda)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The precision in which twins add up: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
