@@ -7,6 +7,7 @@ from .inttune import IntTune as IntTune
 from .kasa import KaSA as KaSA
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
+from .loraggpo import LoRAGGPO as LoRAGGPO
 from .loraplus import LoRAPlus as LoRAPlus
 from .lorapro import LoRAPro as LoRAPro
 from .nlora import NLoRA as NLoRA
