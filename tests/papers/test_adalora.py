@@ -1,5 +1,6 @@
 """AdaLoRA against HF PEFT step by step, and the invariants of its budget."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightning_peft import AdaLoRA, AdapterError, inject
+from lightning_peft import PEFT, AdaLoRA, AdapterError, inject
 from lightning_peft.engine import adapters_of, notify
+from tests.callbacks.nets import Lit, loader, trainer
 from tests.papers.stack import loss, stack
 
 TARGETS = ("attn", "up", "down")
@@ -130,3 +132,12 @@ def test_a_run_that_is_too_short_is_refused_before_it_starts() -> None:
         take(model, optimizer, 0, lambda step: loss(model, step), total=None)
     with pytest.raises(AdapterError, match="target_r must be at most r=2, got 3"):
         AdaLoRA(r=2, target_r=3)
+
+
+def test_a_trainer_says_how_long_the_schedule_is(tmp_path: Path) -> None:
+    module, method = Lit(), AdaLoRA(r=4, target_r=1, tfinal=5, target_modules=("q_proj", "v_proj"))
+    trainer(tmp_path, PEFT(method, summary=False), max_epochs=3).fit(module, loader(), loader())  # 18 steps
+    assert sum(ranks(module)) == 2
+    shorter = trainer(tmp_path, PEFT(method, summary=False), max_steps=5)
+    with pytest.raises(AdapterError, match="of 5 optimizer steps"):
+        shorter.fit(Lit(), loader(), loader())

@@ -1,6 +1,7 @@
 """Changes of weights that are small by another structure than one low-rank product."""
 
 from .adalora import AdaLoRA as AdaLoRA
+from .bone import Bone as Bone
 from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .miss import MiSS as MiSS

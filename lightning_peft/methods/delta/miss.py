@@ -6,7 +6,7 @@ Formula:  y = W x + b + D^T fold(dropout(x)),  fold(x)_j = x_j + x_(j + r) + x_(
 Shapes:   x (..., d_in), fold(x) (..., r), block D (r, d_out)
 Init:     D = 0; y starts as the base
 Merge:    W <- W + [D^T D^T ...], cut to d_in columns
-Deviates from the authors' code: the variant that mixes the weight into its update ("bat") is not part of it.
+Deviates from the authors' code: the variant that mixes the weight into its update ("bat") is another method, `Bone`.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Folded(Adapter):
 @register("miss")
 @dataclass(frozen=True, kw_only=True)
 class MiSS(TargetedMethod):
-    """One trained matrix of r rows that all groups of r input features share; also known as Bone and DiSHA.
+    """One trained matrix of r rows that all groups of r input features share; also known as DiSHA.
 
     Args:
         r: number of sums, and rank of the update. There is no ``alpha``: the learning rate is the only scale.

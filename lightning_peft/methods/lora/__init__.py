@@ -10,6 +10,7 @@ from .kasa import KaSA as KaSA
 from .loku import LoKU as LoKU
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
+from .loraggpo import LoRAGGPO as LoRAGGPO
 from .loraplus import LoRAPlus as LoRAPlus
 from .lorapro import LoRAPro as LoRAPro
 from .nlora import NLoRA as NLoRA
