@@ -7,6 +7,7 @@ from .eva import EVA as EVA
 from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
 from .kasa import KaSA as KaSA
+from .lamda import LaMDA as LaMDA
 from .loku import LoKU as LoKU
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
