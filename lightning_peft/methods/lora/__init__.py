@@ -8,6 +8,7 @@ from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
 from .kasa import KaSA as KaSA
 from .lamda import LaMDA as LaMDA
+from .lamdaplusplus import LaMDAPlusPlus as LaMDAPlusPlus
 from .loku import LoKU as LoKU
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
