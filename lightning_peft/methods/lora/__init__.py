@@ -10,6 +10,7 @@ from .kasa import KaSA as KaSA
 from .lamda import LaMDA as LaMDA
 from .lamdaplusplus import LaMDAPlusPlus as LaMDAPlusPlus
 from .loku import LoKU as LoKU
+from .loldu import LoLDU as LoLDU
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
 from .loraplus import LoRAPlus as LoRAPlus
