@@ -75,3 +75,42 @@ class RecentredCore(StartedCore, Recentred):
 
 class RecentredCoreConv(RecentredCore, CoreConv):
     """The same for convolutions."""
+
+
+class CoreOnFixed(StartedCore):
+    """A recentred core product on a fixed ``lora_A``; the first columns of ``lora_B`` can be held where they are."""
+
+    start_B: Tensor
+    held: Tensor
+
+    def __init__(self, target: Target, r: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(target, r, scaling, dropout)
+        self.fix("lora_A")
+        self.register_buffer("start_B", torch.zeros_like(self.lora_B))
+
+    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
+        """The three factors, the core over the scaling, and the first two of them again."""
+        super().reset_parameters(layer, generator)
+        self.lora_N.div_(self.scaling)
+        self.start_N.copy_(self.lora_N)
+        self.start_B.copy_(self.lora_B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, and scaling * (B N - B_0 N_0)."""
+        return self.lora_A, self.scaling * (self.lora_B @ self.lora_N - self.start_B @ self.start_N)
+
+    @torch.no_grad()
+    def hold(self, n: int) -> None:
+        """The coming step is not to move the first ``n`` columns of B."""
+        self.held = self.lora_B[:, :n].clone()
+        if self.lora_B.grad is not None:
+            self.lora_B.grad[:, :n] = 0
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo what weight decay and momentum did to them all the same."""
+        self.lora_B[:, : self.held.shape[1]] = self.held
+
+
+class CoreOnFixedConv(CoreOnFixed, CoreConv):
+    """The same for convolutions."""

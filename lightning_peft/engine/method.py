@@ -114,6 +114,10 @@ class Method(ABC):
         """Trainable numbers that the adapter of ``target`` has, by the formula of the paper."""
         raise NotImplementedError
 
+    def total_trainable(self, targets: list[Target]) -> int:
+        """Trainable numbers of the adapters of all ``targets``: the sum, unless they share a budget or parameters."""
+        return sum(self.num_trainable(target) for target in targets)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedMethod(Method):
@@ -228,6 +232,9 @@ class HostedMethod(Method):
     def num_trainable(self, target: Target) -> int:
         """As many as in the other method."""
         return self.host.num_trainable(target)
+
+    def total_trainable(self, targets: list[Target]) -> int:  # noqa: D102
+        return self.host.total_trainable(targets)
 
 
 def _frozen(value: Any) -> Any:

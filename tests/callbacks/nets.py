@@ -94,3 +94,10 @@ def trainer(folder: Any, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     defaults = {"max_epochs": 2, "enable_checkpointing": False, "default_root_dir": folder, **quiet}
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+class StopAfterAnEpoch(L.Callback):
+    """Ends a run before its time: how long it was to be stays known."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import PEFT, AdapterError, LoRA, disabled
 from lightning_peft.engine import METHODS, Method, adapters_of
-from tests.callbacks.nets import Lit, LitConfigured, loader, trainer
+from tests.callbacks.nets import Lit, LitConfigured, StopAfterAnEpoch, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -74,21 +74,21 @@ def test_adapters_and_their_optimizer_keep_single_precision(
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_method_trains_in_bfloat16_and_resumes_exactly(method: Method, tmp_path: Path) -> None:
-    def run(epochs: int, *callbacks: L.Callback, **resume: Any) -> tuple[Lit, list[float]]:
+    def run(*callbacks: L.Callback, **resume: Any) -> tuple[Lit, list[float]]:
         torch.manual_seed(0)
         module, losses = Lit(), Losses()
-        options = {"max_epochs": epochs, "precision": "bf16-true", "enable_checkpointing": bool(callbacks)}
+        options = {"max_epochs": 3, "precision": "bf16-true", "enable_checkpointing": bool(callbacks)}
         made = trainer(tmp_path, PEFT(method, summary=False), losses, *callbacks, **options)
         made.fit(module, loader(), loader(), **resume)
         return module, losses.seen
 
-    through, seen = run(3)
+    through, seen = run()
     start = Lit().bfloat16().state_dict()
     assert any(key not in start or not torch.equal(start[key], v) for key, v in through.state_dict().items())
     assert all(value.isfinite().all() for value in (*through.parameters(), torch.tensor(seen)))
     assert {p.dtype for _, _, a in adapters_of(through) for p in a.parameters()} <= {torch.float32}
-    run(1, ModelCheckpoint(tmp_path, save_last=True))
-    resumed, rest = run(3, ckpt_path=tmp_path / "last.ckpt")
+    run(ModelCheckpoint(tmp_path, save_last=True), StopAfterAnEpoch())
+    resumed, rest = run(ckpt_path=tmp_path / "last.ckpt")
     assert rest == seen[len(loader()) :]
     for key, value in through.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key

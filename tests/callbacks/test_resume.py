@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft import PEFT, LoRA
 from lightning_peft.engine import METHODS, Method
-from tests.callbacks.nets import Lit, loader, trainer
+from tests.callbacks.nets import Lit, StopAfterAnEpoch, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -84,7 +84,7 @@ def test_a_run_resumes_at_every_step(k: int, accumulate: int, tmp_path: Path) ->
 @pytest.mark.parametrize("method", CASES)
 def test_a_run_resumed_behind_an_epoch_ends_where_an_uninterrupted_one_ends(method: Method, tmp_path: Path) -> None:
     through = run(tmp_path, method, max_epochs=3)
-    run(tmp_path, method, ModelCheckpoint(tmp_path, save_last=True), max_epochs=1)
+    run(tmp_path, method, ModelCheckpoint(tmp_path, save_last=True), StopAfterAnEpoch(), max_epochs=3)
     assert_equal(run(tmp_path, method, max_epochs=3, ckpt_path=tmp_path / "last.ckpt"), through)
 
 

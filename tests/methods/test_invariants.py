@@ -204,7 +204,7 @@ def test_files_hold_nothing_but_the_adapter(method: Method, tmp_path: Path) -> N
 def test_trainable_count_follows_the_formula(method: Method) -> None:
     base = tiny()
     whole = dict(base.named_parameters())
-    expected = sum(method.num_trainable(target) for target in method.targets(base))
+    expected = method.total_trainable(method.targets(base))
     expected += sum(whole[name].numel() for name in method.trained_in_place(base))
     assert sum(p.numel() for p in trainable(inject(base, method)).values()) == expected
 

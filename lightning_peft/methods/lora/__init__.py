@@ -7,7 +7,10 @@ from .eva import EVA as EVA
 from .ffalora import FFALoRA as FFALoRA
 from .inttune import IntTune as IntTune
 from .kasa import KaSA as KaSA
+from .lamda import LaMDA as LaMDA
+from .lamdaplusplus import LaMDAPlusPlus as LaMDAPlusPlus
 from .loku import LoKU as LoKU
+from .loldu import LoLDU as LoLDU
 from .lora import LoRA as LoRA
 from .loraga import LoRAGA as LoRAGA
 from .loraggpo import LoRAGGPO as LoRAGGPO
