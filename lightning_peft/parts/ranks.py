@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import Training
+from lightning_peft.parts.optimizers import state_of
 
 
 def cubic_budget(step: int, first: int, last: int, begin: int, end: int) -> int:
@@ -23,15 +24,6 @@ def cubic_budget(step: int, first: int, last: int, begin: int, end: int) -> int:
         return first
     left = max(0.0, 1 - (step - begin) / (end - begin))
     return int((first - last) * left**3 + last)
-
-
-def optimizer_state(training: Training, parameter: nn.Parameter) -> MutableMapping[str, Any]:
-    """What the optimizer that steps with ``parameter`` keeps of it; to be changed behind its first step alone."""
-    for optimizer in training.optimizers:
-        groups = optimizer.param_groups
-        if parameter in optimizer.state or any(p is parameter for group in groups for p in group["params"]):
-            return optimizer.state[parameter]
-    return {}
 
 
 def smoothed(averages: MutableMapping[str, Any], value: Tensor, beta1: float, beta2: float) -> None:
@@ -53,12 +45,12 @@ def smoothed(averages: MutableMapping[str, Any], value: Tensor, beta1: float, be
 def measure_sensitivity(training: Training, parameter: nn.Parameter, beta1: float, beta2: float) -> None:
     """Take |p * gradient|, a first guess of what the loss would lose without p, into its moving averages."""
     if parameter.grad is not None:
-        smoothed(optimizer_state(training, parameter), (parameter * parameter.grad).abs(), beta1, beta2)
+        smoothed(state_of(training, parameter), (parameter * parameter.grad).abs(), beta1, beta2)
 
 
 def score(training: Training, parameter: nn.Parameter) -> Tensor:
     """Sensitivity times uncertainty, of the shape of ``parameter``; zero where nothing was measured."""
-    averages = optimizer_state(training, parameter)
+    averages = state_of(training, parameter)
     if "importance" not in averages:
         return torch.zeros_like(parameter)
     return averages["importance"] * averages["uncertainty"]

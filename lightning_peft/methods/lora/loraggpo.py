@@ -129,12 +129,11 @@ class LoRAGGPO(LoRA):
     def on_train_batch_start(self, training: Training) -> None:
         """Let the noise of this step act."""
         for path, _, adapter in training.adapters():
-            adapter.seed = zlib.crc32(f"{self.seed}/{training.step}/{path}".encode())  # type: ignore[assignment]
+            adapter.seed = zlib.crc32(f"{self.seed}/{training.step}/{path}".encode())
 
     def on_after_optimizer_step(self, training: Training) -> None:
         """Measure the strength of the next."""
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
-        for adapter in adapters:
+        for _, _, adapter in training.adapters():
             adapter.seed = None
             adapter.measure(self.sigma, self.beta)
 
