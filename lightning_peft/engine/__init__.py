@@ -10,6 +10,7 @@ from .inject import disabled as disabled
 from .inject import inject as inject
 from .inject import set_active as set_active
 from .inject import set_trainable as set_trainable
+from .limits import check_range as check_range
 from .merge import merge as merge
 from .merge import unload as unload
 from .merge import unmerge as unmerge
@@ -17,7 +18,6 @@ from .method import METHODS as METHODS
 from .method import HostedMethod as HostedMethod
 from .method import Method as Method
 from .method import TargetedMethod as TargetedMethod
-from .method import check_range as check_range
 from .method import get_method as get_method
 from .method import list_methods as list_methods
 from .method import register as register

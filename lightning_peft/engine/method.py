@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, Type
 from torch import Tensor, nn
 
 from lightning_peft.engine.errors import AdapterError, nearest
+from lightning_peft.engine.limits import check_fields, check_range
 from lightning_peft.engine.slots import Adapter, Kind
 from lightning_peft.engine.targets import Target, is_below, select_modules, select_parameters, select_targets
 
@@ -52,6 +53,9 @@ class Method(ABC):
     @abstractmethod
     def examples(cls) -> tuple[Self, ...]:
         """Small instances for a net with layers ``q_proj``, ``v_proj`` and ``head``; the tests run over them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The weights of ``model`` that get an adapter."""
@@ -143,6 +147,12 @@ class TargetedMethod(Method):
     def __post_init__(self) -> None:
         for field in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             object.__setattr__(self, field, _frozen(getattr(self, field)))
+        for field in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, field)
+            patterns = (value,) if isinstance(value, str) else value
+            ok = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
+            check_range(type(self).__name__, field, value, ok, "a pattern or several")
+        super().__post_init__()
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers chosen by ``target_modules``, less those that are trained whole."""
@@ -176,6 +186,7 @@ class HostedMethod(Method):
     method: Method | str
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         host = get_method(self.method)() if isinstance(self.method, str) else self.method
         check_range(type(self).__name__, "method", host, isinstance(host, Method), "a method such as LoRA(r=8)")
         steady = "a method that does not choose by itself what trains when"
@@ -304,9 +315,3 @@ def list_methods() -> list[MethodRow]:
     """All registered methods, sorted by family and name."""
     rows = [MethodRow(n, c, c.family, c.paper, c.mergeable, c.modalities) for n, c in METHODS.items()]
     return sorted(rows, key=lambda row: (row.family, row.name))
-
-
-def check_range(who: str, field: str, value: Any, ok: bool, expected: str) -> None:
-    """Raise an `AdapterError` that names the field, its value and the allowed range, unless ``ok``."""
-    if not ok:
-        raise AdapterError(f"{who}: {field} must be {expected}, got {value!r}.")

@@ -110,7 +110,7 @@ def test_a_refused_injection_says_why_and_changes_nothing(
     [
         ({"r": 0}, "r must be an integer >= 1, got 0"),
         ({"r": 2.5}, "r must be an integer >= 1, got 2.5"),
-        ({"rank_pattern": {"q": -1}}, "r must be an integer >= 1, got -1"),
+        ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] must be an integer >= 1, got -1"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
         ({"alpha": float("nan")}, "alpha must be above 0, got nan"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),

@@ -313,10 +313,11 @@ def test_files_of_a_lightning_module_fit_the_plain_model_and_back(tmp_path: Path
         ({"method": None}, "does not say which method"),
         ({"method": "lroa"}, "unknown method 'lroa'"),
         ({"arguments": {"r": 2, "rnak": 3}}, "no argument 'rnak'"),
-        ({"arguments": {"alpha": "much"}}, "does not describe a LoRA"),
+        ({"arguments": {"alpha": "much"}}, "LoRA: alpha must be above 0, got 'much'"),
+        ({"arguments": {"target_modules": 3}}, "LoRA: target_modules must be a pattern or several, got 3"),
         ({"base": {}}, "does not say on which base"),
     ],
-    ids=["no method", "unknown method", "unknown argument", "wrong type", "no base"],
+    ids=["no method", "unknown method", "unknown argument", "out of range", "wrong type", "no base"],
 )
 def test_a_description_that_was_tampered_with_is_refused(change: dict[str, Any], message: str, folder: Path) -> None:
     facts, _, tensors = read_adapter(folder)

@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_peft.adapters.diagonal import Diagonal
 from lightning_peft.adapters.low_rank import LowRankConv
 from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, Target, Training, check_range, register
+from lightning_peft.engine.limits import Count, NonNegative, Share, WholeNumber
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.ranks import cubic_budget, keep_largest, measure_sensitivity, triplet_worths
 from lightning_peft.parts.spectrum import orthonormality
@@ -83,26 +84,19 @@ class AdaLoRA(LoRA):
     paper: ClassVar[str] = "arXiv:2303.10512"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Triplets, "conv": TripletsConv}
 
-    r: int = 12
-    target_r: int | None = None
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1  # noqa: N815  (its name everywhere)
-    total_steps: int | None = None
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
+    r: Count = 12
+    target_r: Count | None = None
+    tinit: WholeNumber = 0
+    tfinal: WholeNumber = 0
+    deltaT: Count = 1  # noqa: N815  (its name everywhere)
+    total_steps: Count | None = None
+    beta1: Share = 0.85
+    beta2: Share = 0.85
+    orth_reg_weight: NonNegative = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, least in (("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("total_steps", 1)):
-            value = getattr(self, field)
-            ok = value is None or (isinstance(value, int) and value >= least)
-            check_range("AdaLoRA", field, value, ok, f"an integer >= {least}")
         check_range("AdaLoRA", "target_r", self.target_r, (self.target_r or 0) <= self.r, f"at most r={self.r}")
-        for field, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            check_range("AdaLoRA", field, beta, 0 < beta < 1, "between 0 and 1")
-        check_range("AdaLoRA", "orth_reg_weight", self.orth_reg_weight, self.orth_reg_weight >= 0, "at least 0")
 
     def final_step(self, training: Training) -> int:
         """The step behind which the choice is final: T - tfinal."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, register
+from lightning_peft.engine.limits import Count
 
 
 class BlockAffine(Adapter):
@@ -76,11 +77,7 @@ class Bone(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2409.15371"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": BlockAffine}
 
-    r: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("Bone", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
+    r: Count = 64
 
     def adapter(self, target: Target) -> Adapter:
         """Blocks that tile the weight of ``target``."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+from lightning_peft.engine.limits import Count, Positive, Probability
 
 
 class Kronecker(Adapter):
@@ -103,17 +104,14 @@ class LoKr(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2309.14859"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Kronecker, "conv": KroneckerConv}
 
-    r: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
+    r: Count = 8
+    alpha: Positive = 8.0
+    dropout: Probability = 0.0
     decompose_factor: int = -1
     decompose_both: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("LoKr", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        check_range("LoKr", "alpha", self.alpha, self.alpha > 0, "above 0")
-        check_range("LoKr", "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         factor = self.decompose_factor
         check_range("LoKr", "decompose_factor", factor, factor == -1 or factor >= 1, "-1 or at least 1")
 

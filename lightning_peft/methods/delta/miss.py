@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, register
+from lightning_peft.engine.limits import Count, Probability
 
 
 class Folded(Adapter):
@@ -70,13 +71,8 @@ class MiSS(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2409.15371"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Folded}
 
-    r: int = 64
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("MiSS", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        check_range("MiSS", "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+    r: Count = 64
+    dropout: Probability = 0.0
 
     def adapter(self, target: Target) -> Adapter:
         """A block of the width of ``target``."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, register
+from lightning_peft.engine.limits import Count, Positive
 
 
 class Columns(Adapter):
@@ -78,13 +79,8 @@ class PaCA(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2503.01905"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Columns}
 
-    r: int = 8
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("PaCA", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        check_range("PaCA", "alpha", self.alpha, self.alpha > 0, "above 0")
+    r: Count = 8
+    alpha: Positive = 16.0
 
     def adapter(self, target: Target) -> Adapter:
         """Columns of ``target``."""

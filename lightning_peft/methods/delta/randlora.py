@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
+from lightning_peft.engine.limits import Count, Positive, Probability
 from lightning_peft.parts.bank import Banked, bank
 
 
@@ -86,16 +87,10 @@ class RandLoRA(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2502.00987"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": RandomBases}
 
-    r: int = 32
-    alpha: float = 640.0
+    r: Count = 32
+    alpha: Positive = 640.0
     seed: int = 0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("RandLoRA", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        check_range("RandLoRA", "alpha", self.alpha, self.alpha > 0, "above 0")
-        check_range("RandLoRA", "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+    dropout: Probability = 0.0
 
     def num_trainable(self, target: Target) -> int:
         """ceil(min(d_in, d_out) / r) * (r + min(d_in, d_out))."""

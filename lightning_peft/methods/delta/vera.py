@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
+from lightning_peft.engine.limits import Count, NonZero, Probability
 from lightning_peft.parts.bank import Banked, bank
 
 
@@ -92,16 +93,10 @@ class VeRA(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2310.11454"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": SharedProduct, "conv": SharedProductConv}
 
-    r: int = 256
-    d_initial: float = 0.1
+    r: Count = 256
+    d_initial: NonZero = 0.1
     seed: int = 0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("VeRA", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        check_range("VeRA", "d_initial", self.d_initial, self.d_initial != 0, "different from 0")
-        check_range("VeRA", "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+    dropout: Probability = 0.0
 
     def num_trainable(self, target: Target) -> int:
         """r + d_out."""

@@ -17,7 +17,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
+from lightning_peft.engine.limits import NonNegative
 
 
 class ScaleShift(Adapter):
@@ -87,11 +88,7 @@ class SSF(TargetedMethod):
 
     target_modules: str | tuple[str, ...] = "all-layers"
     modules_to_save: str | tuple[str, ...] = "output-head"
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("SSF", "init_std", self.init_std, self.init_std >= 0, "at least 0")
+    init_std: NonNegative = 0.02
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The chosen operations; Swin's ``reduction`` only if it is named."""

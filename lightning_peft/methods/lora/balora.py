@@ -17,13 +17,14 @@ Deviates from the authors' code: no second copy of the model, as the base is sti
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.engine import TargetError, check_range, register, select_modules
+from lightning_peft.engine import TargetError, register, select_modules
+from lightning_peft.engine.limits import Count, NonNegative
 from lightning_peft.methods.lora.pissa import PiSSA
 
 Task = Literal["understanding", "generation"]
@@ -56,18 +57,11 @@ class BALoRA(PiSSA):
     paper: ClassVar[str] = "arXiv:2408.04556"
 
     task: Task = "understanding"
-    consistency: float = 1e-4
-    diversity: float = 3e-4
-    spectrum: float = 1e-4
-    k: int = 3
+    consistency: NonNegative = 1e-4
+    diversity: NonNegative = 3e-4
+    spectrum: NonNegative = 1e-4
+    k: Count = 3
     output: str = "output-head"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("BALoRA", "task", self.task, self.task in get_args(Task), f"one of {', '.join(get_args(Task))}")
-        for name in ("consistency", "diversity", "spectrum"):
-            check_range("BALoRA", name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        check_range("BALoRA", "k", self.k, isinstance(self.k, int) and self.k >= 1, "an integer >= 1")
 
     def watched(self, model: nn.Module) -> str | None:
         """The module ``output``, unless all weights are 0."""

@@ -12,13 +12,14 @@ Cost:     a second pair of thin products
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import MeasuredStart
 from lightning_peft.engine import Adapter, Calibration, Kind, check_range, register
+from lightning_peft.engine.limits import Positive
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import svd
 
@@ -55,12 +56,10 @@ class CorDA(PiSSA):
     calibrated: ClassVar[bool] = True
 
     mode: Mode = "ipm"
-    damping: float = 0.01
+    damping: Positive = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("CorDA", "mode", self.mode, self.mode in get_args(Mode), f"one of {', '.join(get_args(Mode))}")
-        check_range("CorDA", "damping", self.damping, self.damping > 0, "above 0")
         check_range("CorDA", "niter", self.niter, self.niter is None, "None: the decomposition is exact")
 
     def calibrate(self, calibration: Calibration) -> None:

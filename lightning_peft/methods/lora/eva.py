@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.engine import Adapter, Calibration, Kind, check_range, register
+from lightning_peft.engine import Adapter, Calibration, Kind, register
+from lightning_peft.engine.limits import OneOrMore
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import PrincipalComponents
 
@@ -58,12 +59,8 @@ class EVA(LoRA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Redistributed}
     calibrated: ClassVar[bool] = True
 
-    rho: float = 2.0
+    rho: OneOrMore = 2.0
     whiten: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("EVA", "rho", self.rho, self.rho >= 1, "at least 1")
 
     @torch.no_grad()
     def calibrate(self, calibration: Calibration) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lightning_peft.adapters.diagonal import Diagonal
 from lightning_peft.adapters.low_rank import LowRankConv, dense, difference
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, Training, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, Training, register
+from lightning_peft.engine.limits import NonNegative
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import distance_from_orthonormal, svd
 
@@ -97,13 +98,8 @@ class KaSA(LoRA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Denoised, "conv": DenoisedConv}
     identity_at_init: ClassVar[bool] = False
 
-    beta: float = 1e-4
-    gamma: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("KaSA", "beta", self.beta, self.beta >= 0, "at least 0")
-        check_range("KaSA", "gamma", self.gamma, self.gamma >= 0, "at least 0")
+    beta: NonNegative = 1e-4
+    gamma: NonNegative = 1e-3
 
     def adapter(self, target: Target) -> Adapter:
         """A product on a weight of which something is left."""

@@ -19,6 +19,7 @@ import torch
 
 from lightning_peft.adapters.low_rank import MeasuredStart
 from lightning_peft.engine import Adapter, Calibration, Kind, register
+from lightning_peft.engine.limits import Count, Positive
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -57,8 +58,8 @@ class LoKU(PiSSA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": MeasuredStart}
     calibrated: ClassVar[bool] = True
 
-    r: int = 32
-    alpha: float | None = 64.0
+    r: Count = 32
+    alpha: Positive | None = 64.0
     forget: str = "forget"
     retain: str = "retain"
 

@@ -15,7 +15,8 @@ from typing import ClassVar, Self
 from torch import nn
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv, LowRankEmbedding
-from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, check_range, matches, register
+from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, matches, register
+from lightning_peft.engine.limits import Count, Positive, Probability
 
 
 @register("lora")
@@ -59,22 +60,13 @@ class LoRA(TargetedMethod):
         "embedding": LowRankEmbedding,
     }
 
-    r: int = 8
-    alpha: float | None = 16.0
-    dropout: float = 0.0
+    r: Count = 8
+    alpha: Positive | None = 16.0
+    dropout: Probability = 0.0
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = field(default_factory=dict)
     clip_rank: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        who = type(self).__name__
-        for r in (self.r, *self.rank_pattern.values()):
-            check_range(who, "r", r, isinstance(r, int) and r >= 1, "an integer >= 1")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            check_range(who, "alpha", alpha, alpha is None or alpha > 0, "above 0")
-        check_range(who, "dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers chosen by ``target_modules``; every pattern of rank and alpha must select some of them."""

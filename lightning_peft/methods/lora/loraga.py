@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 
 from lightning_peft.adapters.low_rank import MeasuredStart
-from lightning_peft.engine import Adapter, Calibration, Kind, TargetError, check_range, register
+from lightning_peft.engine import Adapter, Calibration, Kind, TargetError, register
+from lightning_peft.engine.limits import Positive
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -51,12 +52,8 @@ class LoRAGA(PiSSA):
     calibrated: ClassVar[bool] = True
 
     r: int = 8
-    alpha: float | None = 16.0
-    gamma: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("LoRAGA", "gamma", self.gamma, self.gamma > 0, "above 0")
+    alpha: Positive | None = 16.0
+    gamma: Positive = 16.0
 
     def adapter(self, target: Any) -> Adapter:
         """The product, if there are as many directions as it needs."""

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, Training, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, Training, register
+from lightning_peft.engine.limits import NonNegative
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -105,15 +106,10 @@ class LoRAGGPO(LoRA):
     paper: ClassVar[str] = "arXiv:2502.14538"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Perturbed}
 
-    sigma: float = 0.03
-    beta: float = 0.01
+    sigma: NonNegative = 0.03
+    beta: NonNegative = 0.01
     grad_through_noise: bool = False
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("LoRAGGPO", "sigma", self.sigma, self.sigma >= 0, "at least 0")
-        check_range("LoRAGGPO", "beta", self.beta, self.beta >= 0, "at least 0")
 
     def adapter(self, target: Target) -> Adapter:
         """A low-rank product that can be perturbed."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from lightning_peft.adapters.low_rank import LowRankEmbedding
-from lightning_peft.engine import Adapter, check_range, register
+from lightning_peft.engine import Adapter, register
+from lightning_peft.engine.limits import OneOrMore
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -40,11 +41,7 @@ class LoRAPlus(LoRA):
 
     paper: ClassVar[str] = "arXiv:2402.12354"
 
-    lr_ratio: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("LoRAPlus", "lr_ratio", self.lr_ratio, self.lr_ratio >= 1, "at least 1")
+    lr_ratio: OneOrMore = 16.0
 
     def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:
         """``lr_ratio`` for the factor that starts at zero."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
-from lightning_peft.engine import Adapter, Kind, Training, check_range, register
+from lightning_peft.engine import Adapter, Kind, Training, register
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.optimizers import group_of, state_of
 
@@ -62,10 +62,6 @@ class LoRAPro(LoRA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": LowRank, "conv": LowRankConv}
 
     mode: Literal["plain", "full"] = "plain"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("LoRAPro", "mode", self.mode, self.mode in ("plain", "full"), "'plain' or 'full'")
 
     @torch.no_grad()
     def on_before_optimizer_step(self, training: Training) -> None:

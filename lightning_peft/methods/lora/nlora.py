@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.core import RecentredCore, RecentredCoreConv
-from lightning_peft.engine import Adapter, Kind, Target, check_range, register
+from lightning_peft.engine import Adapter, Kind, Target, register
 from lightning_peft.methods.lora.structuredlora import StructuredLoRA
 
 
@@ -53,10 +53,6 @@ class NLoRA(StructuredLoRA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": RecentredCore, "conv": RecentredCoreConv}
 
     core: Literal["block", "pinv"] = "block"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(type(self).__name__, "core", self.core, self.core in ("block", "pinv"), "'block' or 'pinv'")
 
     def adapter(self, target: Target) -> Adapter:
         """Three factors that start where `start` says."""

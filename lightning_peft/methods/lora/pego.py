@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
-from lightning_peft.engine import Adapter, Kind, Target, Training, check_range, register
+from lightning_peft.engine import Adapter, Kind, Target, Training, register
+from lightning_peft.engine.limits import Count, NonNegative
 from lightning_peft.engine.slots import whole
 from lightning_peft.methods.lora.lora import LoRA
 
@@ -53,15 +54,10 @@ class PEGO(LoRA):
     paper: ClassVar[str] = "arXiv:2407.15085"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": LowRank, "conv": LowRankConv}
 
-    n: int = 4
-    weight: float = 1e-3
+    n: Count = 4
+    weight: NonNegative = 1e-3
     r: int = 4
     alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("PEGO", "n", self.n, isinstance(self.n, int) and self.n >= 1, "an integer >= 1")
-        check_range("PEGO", "weight", self.weight, self.weight >= 0, "at least 0")
 
     def rank(self, target: Target) -> int:
         """The rank of the whole group: n * r."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import Recentred, RecentredConv
-from lightning_peft.engine import Adapter, Kind, Target, check_range, register
+from lightning_peft.engine import Adapter, Kind, Target, register
+from lightning_peft.engine.limits import WholeNumber
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -51,11 +52,7 @@ class PiSSA(LoRA):
 
     r: int = 16
     alpha: float | None = None
-    niter: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(type(self).__name__, "niter", self.niter, self.niter is None or self.niter >= 0, "at least 0")
+    niter: WholeNumber | None = None
 
     def adapter(self, target: Target) -> Adapter:
         """A product that starts where `start` says."""

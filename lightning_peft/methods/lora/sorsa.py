@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lightning_peft.adapters.diagonal import Diagonal
 from lightning_peft.adapters.low_rank import LowRankConv, Recentred
-from lightning_peft.engine import Adapter, Kind, Layer, Target, Training, check_range, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, Training, register
+from lightning_peft.engine.limits import Count, NonNegative, Positive
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import leading_svd, orthonormality
 
@@ -74,13 +75,9 @@ class SORSA(LoRA):
     paper: ClassVar[str] = "arXiv:2409.00055"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": SingularTriplets, "conv": SingularTripletsConv}
 
-    r: int = 128
-    alpha: float | None = None
-    gamma: float = 13.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("SORSA", "gamma", self.gamma, self.gamma >= 0, "at least 0")
+    r: Count = 128
+    alpha: Positive | None = None
+    gamma: NonNegative = 13.3
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """gamma * R."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.diagonal import GivenDiagonal, GivenDiagonalConv
 from lightning_peft.engine import Adapter, Kind, Target, register
+from lightning_peft.engine.limits import Count, Positive
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import svd
 
@@ -49,8 +50,8 @@ class SVFit(LoRA):
     paper: ClassVar[str] = "arXiv:2409.05926"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": GivenDiagonal, "conv": GivenDiagonalConv}
 
-    r: int = 256
-    alpha: float | None = None
+    r: Count = 256
+    alpha: Positive | None = None
     clip_rank: bool = True
 
     def adapter(self, target: Target) -> Adapter:

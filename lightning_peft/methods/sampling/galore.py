@@ -19,17 +19,8 @@ from typing import ClassVar, Self
 from torch import nn
 
 from lightning_peft.adapters.projected import Projected, projected
-from lightning_peft.engine import (
-    Adapter,
-    Kind,
-    Method,
-    Target,
-    Training,
-    check_range,
-    register,
-    select_parameters,
-    select_targets,
-)
+from lightning_peft.engine import Adapter, Kind, Method, Target, Training, register, select_parameters, select_targets
+from lightning_peft.engine.limits import Count, Positive
 
 
 @register("galore")
@@ -62,18 +53,11 @@ class GaLore(Method):
     keeps_base: ClassVar[bool] = False
     switches: ClassVar[bool] = True
 
-    r: int = 128
-    update_proj_gap: int = 200
-    scale: float = 1.0
+    r: Count = 128
+    update_proj_gap: Count = 200
+    scale: Positive = 1.0
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        who = type(self).__name__
-        check_range(who, "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        gap = self.update_proj_gap
-        check_range(who, "update_proj_gap", gap, isinstance(gap, int) and gap >= 1, "an integer >= 1")
-        check_range(who, "scale", self.scale, self.scale > 0, "above 0")
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers chosen by ``target_modules``."""

@@ -20,14 +20,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import (
-    HostedMethod,
-    Method,
-    Training,
-    check_range,
-    get_method,
-    register,
-)
+from lightning_peft.engine import HostedMethod, Method, Training, check_range, get_method, register
+from lightning_peft.engine.limits import Count, NonNegative
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 from lightning_peft.parts.switching import blocks_to_draw, draw, let_blocks_train
@@ -66,22 +60,17 @@ class IST(HostedMethod):
     switches: ClassVar[bool] = True
 
     method: Method | str = "lora"
-    n_layers: int | None = None
-    interval_steps: int = 10
-    n_subsets: int = 3
+    n_layers: Count | None = None
+    interval_steps: Count = 10
+    n_subsets: Count = 3
     beta: float = 0.25
-    mu: float = 10.0
+    mu: NonNegative = 10.0
     blocks: str | tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("n_layers", "interval_steps", "n_subsets"):
-            value = getattr(self, field)
-            ok = isinstance(value, int) and value >= 1 or field == "n_layers" and value is None
-            check_range("IST", field, value, ok, "an integer >= 1")
         check_range("IST", "beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
-        check_range("IST", "mu", self.mu, self.mu >= 0, "at least 0")
 
     def n_chosen(self, model: nn.Module) -> int:
         """Blocks of ``model`` whose adapters train in a step."""

@@ -12,11 +12,12 @@ Deviates from the paper: a unit is a layer with its bias; categories are told by
 import random
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self
 
 from torch import nn
 
-from lightning_peft.engine import Method, check_range, register, select_parameters
+from lightning_peft.engine import Method, register, select_parameters
+from lightning_peft.engine.limits import Share
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
@@ -52,15 +53,11 @@ class HFT(Method):
     paper: ClassVar[str] = "arXiv:2404.18466"
     keeps_base: ClassVar[bool] = False
 
-    fraction: float = 0.5
+    fraction: Share = 0.5
     level: Level = "category"
     stage: int = 0
     seed: int = 0
     blocks: str | tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_range("HFT", "fraction", self.fraction, 0 < self.fraction < 1, "between 0 and 1")
-        check_range("HFT", "level", self.level, self.level in get_args(Level), f"one of {', '.join(get_args(Level))}")
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """The drawn half, and what lies outside of the blocks."""

@@ -16,7 +16,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import HostedMethod, Method, Training, check_range, get_method, register, select_parameters
+from lightning_peft.engine import HostedMethod, Method, Training, get_method, register, select_parameters
+from lightning_peft.engine.limits import WholeNumber
 from lightning_peft.parts.switching import let_train
 
 
@@ -52,14 +53,8 @@ class LPFT(HostedMethod):
     switches: ClassVar[bool] = True
 
     method: Method | str = "fullfinetuning"
-    lp_epochs: int = 1
+    lp_epochs: WholeNumber = 1
     head: str | tuple[str, ...] = "output-head"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(
-            "LPFT", "lp_epochs", self.lp_epochs, isinstance(self.lp_epochs, int) and self.lp_epochs >= 0, ">= 0"
-        )
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """What the other method trains in place, and the head."""
