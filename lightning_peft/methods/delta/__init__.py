@@ -4,3 +4,4 @@ from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .miss import MiSS as MiSS
 from .paca import PaCA as PaCA
+from .salt import SALT as SALT
