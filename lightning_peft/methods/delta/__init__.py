@@ -8,3 +8,4 @@ from .miss import MiSS as MiSS
 from .paca import PaCA as PaCA
 from .randlora import RandLoRA as RandLoRA
 from .vera import VeRA as VeRA
+from .salt import SALT as SALT
