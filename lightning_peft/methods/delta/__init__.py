@@ -7,5 +7,5 @@ from .lokr import LoKr as LoKr
 from .miss import MiSS as MiSS
 from .paca import PaCA as PaCA
 from .randlora import RandLoRA as RandLoRA
-from .vera import VeRA as VeRA
 from .salt import SALT as SALT
+from .vera import VeRA as VeRA

@@ -11,6 +11,7 @@ Init:     lora_A, lora_B ~ N(0, 0.02^2), lora_z = 0; y starts as the base
 Merge:    W <- W + s B diag(z) A
 Schedule: behind each step t = 1, ..., T; for n layers, budget(t) = r n until tinit, and falls to target_r n at
           T - tfinal as (1 - (t - tinit) / (T - tinit - tfinal))^3; a choice every deltaT steps, the final one there
+Cost:     averages of |p dp| for each number, and two products (r, r) per layer for the penalty
 Deviates from the authors' code: t counts the steps that were taken, so that the last step of all can make the choice
           final; triplets of equal worth do not go together; alpha / r in place of alpha / (r + 1e-5).
 """

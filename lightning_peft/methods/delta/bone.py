@@ -6,6 +6,7 @@ Formula:  y = W x + b + D x,  D_ij = W_ij B_i + B_i for the block in row i and c
 Shapes:   x (..., d_in), W, D (d_out, d_in), W_ij, D_ij (r, r), block B (d_out / r, r, r)
 Init:     B = 0; y starts as the base
 Merge:    W <- W + D
+Cost:     the delta (d_out, d_in) is built
 """
 
 import math

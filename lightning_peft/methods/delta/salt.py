@@ -10,29 +10,21 @@ Shapes:   k = min(d_in, d_out), n = max(1, floor(ratio k)), q = k - n; scale gam
 Init:     gamma = 1, beta = 0, X ~ U(-sqrt(2 / (7 r)), sqrt(2 / (7 r))), Y = 0; y starts as the base
 Merge:    W <- W + U (S' - S) V^T
 Schedule: the gradient of the penalty is added once for each optimizer step, however many batches it has
+Cost:     products with both matrices of singular vectors, as wide as the layer
 Deviates from the authors' code: W stays and its change is added, where W is replaced by U S' V^T; in convolutions X and
           Y start as in linear layers, where both start at random and y as something else; X and Y are no wider than q.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lightning_peft.adapters.diagonal import GivenFactors
 from lightning_peft.adapters.low_rank import LowRankConv
-from lightning_peft.engine import (
-    Adapter,
-    Kind,
-    Layer,
-    Target,
-    TargetedMethod,
-    TargetError,
-    Training,
-    check_range,
-    register,
-)
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, Training, register
+from lightning_peft.engine.limits import Count, NonNegative, Probability
 from lightning_peft.parts.spectrum import svd
 
 
@@ -110,15 +102,9 @@ class SALT(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2503.16055"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Spectrum, "conv": SpectrumConv}
 
-    ratio: float = 0.1
-    r: int = 256
-    reg: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("SALT", "ratio", self.ratio, 0 <= self.ratio < 1, "in [0, 1)")
-        check_range("SALT", "r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        check_range("SALT", "reg", self.reg, self.reg >= 0, "at least 0")
+    ratio: Probability = 0.1
+    r: Count = 256
+    reg: NonNegative = 0.0
 
     def sizes(self, target: Target) -> tuple[int, int, int]:
         """n, q and r of ``target``."""
@@ -133,10 +119,8 @@ class SALT(TargetedMethod):
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """reg * sum of the sizes of the changes."""
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
-        if not self.reg or not adapters:
-            return {}
-        return {"spectrum": self.reg * torch.stack([adapter.size_of_change() for adapter in adapters]).sum()}
+        sizes = [adapter.size_of_change() for _, _, adapter in training.adapters()]
+        return {"spectrum": self.reg * torch.stack(sizes).sum()} if self.reg and sizes else {}
 
     def num_trainable(self, target: Target) -> int:
         """2 * n + 2 * q * r."""

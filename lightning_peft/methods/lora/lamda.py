@@ -91,14 +91,12 @@ class LaMDA(StructuredLoRA):
 
     def on_before_optimizer_step(self, training: Training) -> None:
         """Hold the columns that are frozen in this step."""
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
-        for adapter in adapters:
+        for _, _, adapter in training.adapters():
             adapter.hold(self.frozen_columns(len(adapter.lora_A), training.step, training.run_length()))
 
     def on_after_optimizer_step(self, training: Training) -> None:
         """Put them back to where they were."""
-        adapters: list[Any] = [adapter for _, _, adapter in training.adapters()]
-        for adapter in adapters:
+        for _, _, adapter in training.adapters():
             adapter.put_back()
 
     def num_trainable(self, target: Target) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.engine import register
+from lightning_peft.engine.limits import Count, Positive
 from lightning_peft.methods.lora.svfit import SVFit
 
 
@@ -51,8 +52,8 @@ class LoLDU(SVFit):
 
     paper: ClassVar[str] = "arXiv:2410.13618"
 
-    r: int = 768
-    alpha: float | None = 8.0
+    r: Count = 768
+    alpha: Positive | None = 8.0
 
     def start(self, weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         """U_r (r, d_in), d_r (r,) and P L_r (d_out, r) of a weight (d_out, d_in)."""

@@ -9,6 +9,7 @@ Shapes:   as LoRA; E (d_out, d_in), strength p (d_out,), base_norm omega ()
 Init:     as LoRA, p = 0; y starts as the base
 Merge:    as LoRA: the noise is no part of it
 Schedule: p is measured anew behind each optimizer step; E is drawn anew for each, from its number
+Cost:     a random matrix (d_out, d_in) per layer in each forward
 Deviates from what others made of it, the authors' code being unknown: the noise is the same for all batches and on all
           devices of a step, as that of one weight that was moved; omega is the mean of all rows, not of a sample; the
           row of the product counts with its s. The second version of the paper is another method.
