@@ -17,11 +17,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.optimizer_state import names_in
-from lightning_peft.engine import AdapterFileError, MergeError, adapters_of, inject
+from lightning_peft.engine import Adapter, AdapterFileError, MergeError, adapters_of, inject
 from lightning_peft.engine.inject import has_record, owners_of, record_of
 from lightning_peft.engine.merge import check_finite, check_mergeable, merged_parameters
 from lightning_peft.engine.slots import base_parameters, plain_name, slots
-from lightning_peft.engine.state import check_base, fingerprint, refuse
+from lightning_peft.engine.state import check_base, fingerprint, ranks_in, refuse
 from lightning_peft.interop.files import FORMAT, adapted_root, check_format, describe, method_from
 
 Save = Literal["adapter", "full", "merged"]
@@ -258,19 +258,26 @@ def _facts_of(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any] |
 
 
 def _check_own(module: nn.Module, state: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Refuse a state in which what belongs to the adapters does not fit, or is not finite."""
+    """Refuse a state in which what belongs to the adapters does not fit, or is not finite; take ranks from it."""
     own = _own_tensors(module)
+    shapes: dict[str, tuple[int, ...]] = {key: tensor.shape for key, tensor in own.items()}
+    adapters = [(f"{path}.", a) for path, a in module.named_modules() if isinstance(a, Adapter)]
+    ranks = ranks_in(adapters, state)
+    for prefix, adapter, r in ranks:
+        shapes |= {prefix + key: shape for key, shape in adapter.shapes_at(r).items()}
     parts = [f"adapters.{name}{end}" for name in names for end in (".", ":")]
     there = module.state_dict(keep_vars=True).keys()
     refuse(
         {
             "missing": [key for key in own if key not in state],
             "unexpected": [key for key in state if key not in there and any(part in key for part in parts)],
-            "of the wrong shape": [key for key, t in own.items() if key in state and state[key].shape != t.shape],
+            "of the wrong shape": [key for key in own if key in state and tuple(state[key].shape) != shapes[key]],
             "NaN or infinite": [key for key in own if key in state and not state[key].isfinite().all()],
         },
         f"the adapters of {type(module).__name__}",
     )
+    for _, adapter, r in ranks:
+        adapter.resize(r)
 
 
 def _warn_once_of_nan(module: nn.Module, checkpoint: Mapping[str, Any], saving: Saving) -> None:

@@ -12,7 +12,7 @@ time ``module.weight`` is the raw parameter: optimizers, checkpoints and shardin
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +92,14 @@ class Adapter(nn.Module):
             key: tuple(r if axis in self.rank_axes[key] else length for axis, length in enumerate(shape))
             for key, shape in shapes.items()
         }
+
+    def rank_in(self, tensors: Mapping[str, Tensor], prefix: str) -> int | None:
+        """The rank that ``tensors`` give to this adapter, whose keys begin with ``prefix``; None if they give none."""
+        for key, axes in list(self.rank_axes.items())[:1]:  # one decides, and the others have to agree
+            given = tensors.get(prefix + key)
+            if given is not None and given.dim() == getattr(self, key).dim():
+                return given.shape[axes[0]]
+        return None
 
     def resize(self, r: int) -> None:
         """Take another rank; all values of these tensors are zero then. Parameters stay the same objects."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,12 @@ def _prefixed(model: nn.Module, name: str) -> list[tuple[str, Adapter]]:
     return [(f"{path}.{a.site.key('adapters')}.".lstrip("."), a) for path, _, a in adapters_of(model, name)]
 
 
+def ranks_in(adapters: Iterable[tuple[str, Adapter]], tensors: Mapping[str, Tensor]) -> list[tuple[str, Adapter, int]]:
+    """Those of ``adapters`` (prefix of its keys, adapter) whose rank a file decides, with the rank in ``tensors``."""
+    found = ((prefix, adapter, adapter.rank_in(tensors, prefix)) for prefix, adapter in adapters)
+    return [(prefix, adapter, r) for prefix, adapter, r in found if r is not None]
+
+
 def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: str = "default") -> None:
     """Copy ``tensors`` into the adapter ``name`` that was injected before; keys as in `adapter_state`.
 
@@ -66,17 +72,13 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     }
     there = optional | state
     shapes: dict[str, tuple[int, ...]] = {key: value.shape for key, value in there.items()}
-    ranks: list[tuple[Adapter, int]] = []
-    for prefix, adapter in _prefixed(model, name):
-        for key, axes in list(adapter.rank_axes.items())[:1]:  # the file decides, and its tensors have to agree
-            given = tensors.get(prefix + key)
-            if given is not None and given.dim() == getattr(adapter, key).dim():
-                ranks.append((adapter, given.shape[axes[0]]))
-                shapes |= {prefix + k: shape for k, shape in adapter.shapes_at(ranks[-1][1]).items()}
+    ranks = ranks_in(_prefixed(model, name), tensors)
+    for prefix, adapter, r in ranks:
+        shapes |= {prefix + key: shape for key, shape in adapter.shapes_at(r).items()}
     problems["of the wrong shape"] = [k for k, v in tensors.items() if k in shapes and tuple(v.shape) != shapes[k]]
     problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     refuse(problems, f"adapter {name!r} of {slots.base_class(model).__name__}")
-    for adapter, r in ranks:
+    for _, adapter, r in ranks:
         adapter.resize(r)
     with torch.no_grad():
         for key, value in {**before, **tensors}.items():  # a buffer that is not there had its base value

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_peft import EVA, PEFT, AdapterError, CorDA, LoRA, LoRAGA
 from lightning_peft.engine import adapters_of, calibrate, inject
 from tests.callbacks.nets import Lit, LitConfigured, loader, trainer
-from tests.callbacks.test_resume import Seen, every_batch, run, shuffled
+from tests.callbacks.test_resume import Seen, assert_equal, every_batch, run, shuffled
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -105,3 +105,22 @@ def test_without_a_batch_it_is_an_error(tmp_path: Path) -> None:
         trainer(tmp_path, PEFT(CorDA(r=2), summary=False)).fit(Lit(), DataLoader(Empty(), batch_size=None), loader())
     with pytest.raises(AdapterError, match="calibration_batches must be at least 1, got 0"):
         PEFT(CorDA(), calibration_batches=0)
+
+
+@pytest.mark.parametrize("stage", ["resume", "validate", "load"])
+def test_ranks_that_data_chose_come_back_with_a_checkpoint(stage: str, tmp_path: Path) -> None:
+    def ranks(module: L.LightningModule) -> list[int]:
+        return [len(a.lora_A) for _, _, a in adapters_of(module)]
+
+    method = EVA(r=3)
+    through = run(tmp_path, method, every_batch(tmp_path))
+    file = str(tmp_path / "step=2.ckpt")
+    assert len(set(ranks(through))) > 1
+    if stage == "resume":
+        assert_equal(run(tmp_path, method, ckpt_path=file), through)
+    elif stage == "validate":
+        module = type(through)()
+        trainer(tmp_path, PEFT(method, summary=False)).validate(module, loader(), ckpt_path=file, verbose=False)
+        assert ranks(module) == ranks(through)
+    else:
+        assert ranks(PEFT.load_from_checkpoint(type(through), file)) == ranks(through)
