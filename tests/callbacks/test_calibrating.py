@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import EVA, PEFT, AdapterError, CorDA, LoRA, LoRAGA
 from lightning_peft.engine import adapters_of, calibrate, inject
@@ -112,12 +112,14 @@ def test_ranks_that_data_chose_come_back_with_a_checkpoint(stage: str, tmp_path:
     def ranks(module: L.LightningModule) -> list[int]:
         return [len(a.lora_A) for _, _, a in adapters_of(module)]
 
-    method = EVA(r=3)
-    through = run(tmp_path, method, every_batch(tmp_path))
+    method, (x, y) = EVA(r=2), shuffled().dataset.tensors  # type: ignore[attr-defined]
+    # one direction alone in the first layer: the ranks go to the second
+    data = DataLoader(TensorDataset(x * torch.tensor([9.0, *[1e-3] * 6]), y), batch_size=8)
+    through = run(tmp_path, method, every_batch(tmp_path), data=data)
     file = str(tmp_path / "step=2.ckpt")
     assert len(set(ranks(through))) > 1
     if stage == "resume":
-        assert_equal(run(tmp_path, method, ckpt_path=file), through)
+        assert_equal(run(tmp_path, method, data=data, ckpt_path=file), through)
     elif stage == "validate":
         module = type(through)()
         trainer(tmp_path, PEFT(method, summary=False)).validate(module, loader(), ckpt_path=file, verbose=False)
