@@ -4,12 +4,14 @@ Backward: with xhat = x rho and m = dy (offset + w):  dx = rho (m - xhat mean(m 
 Saves x, which the neighbours hold anyway, and rho in float32; dw is not computed for a frozen weight.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.recipes import leave
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -31,43 +33,41 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.
         raise ValueError(
             f"rms_norm: weight must be ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(weight.shape)}."
         )
-    return _forward(x, weight, eps, offset)[0]
+    y, rho = _forward(x, weight, eps, offset)
+    return leave(y, functools.partial(_again, offset), x, weight, rho)
+
+
+def _again(offset: float, x: Tensor, weight: Tensor | None, rho: Tensor) -> Tensor:
+    y = x.to(rho.dtype) * rho[..., None]
+    return (y if weight is None else y * (offset + weight.to(y.dtype))).to(x.dtype)
 
 
 @torch.library.custom_op("lightning_peft::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
     if runs_triton(x):
-        y, rho = _launch_forward(rows, weight, eps, offset)
-        return y.view(x.shape), rho
-    wide = rows.to(accumulator(x))
+        return _launch_forward(x, weight, eps, offset)
+    wide = x.to(accumulator(x))
     rho = (wide.square().mean(-1) + eps).rsqrt()
-    y = wide * rho[:, None]
-    if weight is not None:
-        y = y * (offset + weight.to(y.dtype))
-    return y.to(x.dtype).view(x.shape).contiguous(), rho
+    return _again(offset, x, weight, rho).contiguous(), rho
 
 
 @_forward.register_fake
 def _(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return x.new_empty(x.shape), x.new_empty(rows, dtype=accumulator(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulator(x))
 
 
 @torch.library.custom_op("lightning_peft::rms_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, rho: Tensor, offset: float, weight_trains: bool
 ) -> tuple[Tensor, Tensor]:
-    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
     if runs_triton(x):
-        dx, dw = _launch_backward(dy_rows, rows, weight, rho, offset, weight_trains)
-        return dx.view(x.shape), dw
-    xhat, m = rows.to(rho.dtype) * rho[:, None], dy_rows.to(rho.dtype)
-    dw = (m * xhat).sum(0) if weight_trains else rho.new_empty(0)
+        return _launch_backward(dy, x, weight, rho, offset, weight_trains)
+    xhat, m = x.to(rho.dtype) * rho[..., None], dy.to(rho.dtype)
+    dw = (m * xhat).flatten(0, -2).sum(0) if weight_trains else rho.new_empty(0)
     if weight is not None:
         m = m * (offset + weight.to(m.dtype))
-    dx = rho[:, None] * (m - xhat * (m * xhat).mean(-1, keepdim=True))
-    return dx.to(x.dtype).view(x.shape).contiguous(), dw
+    dx = rho[..., None] * (m - xhat * (m * xhat).mean(-1, keepdim=True))
+    return dx.to(x.dtype).contiguous(), dw
 
 
 @_backward.register_fake
@@ -161,13 +161,13 @@ if HAS_TRITON:
         return {"BLOCK": block, "N_BLOCKS": triton.cdiv(C, block), "num_warps": max(1, min(8, block // 512))}
 
     def _launch_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
-        T, C = x.shape
-        y, rho = torch.empty_like(x), x.new_empty(T, dtype=torch.float32)
+        C = x.shape[-1]
+        y, rho = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
         if x.numel():
+            x = x.contiguous()
             w = x if weight is None else weight.contiguous()
             with torch.cuda.device_of(x):
-                _rms_norm_forward[(T,)](
+                _rms_norm_forward[(rho.numel(),)](
                     x, w, y, rho, C, eps, offset, HAS_WEIGHT=weight is not None, **_blocks(C), **OPTIONS
                 )  # fmt: skip
         return y, rho
@@ -175,12 +175,12 @@ if HAS_TRITON:
     def _launch_backward(
         dy: Tensor, x: Tensor, weight: Tensor | None, rho: Tensor, offset: float, weight_trains: bool
     ) -> tuple[Tensor, Tensor]:
-        dy, x = dy.contiguous(), x.contiguous()
-        T, C = x.shape
+        T, C = rho.numel(), x.shape[-1]
         rows = 32 if weight_trains else 1
         programs = triton.cdiv(T, rows)
-        dx, dw = torch.empty_like(x), x.new_zeros(programs if weight_trains else 0, C, dtype=torch.float32)
+        dx, dw = x.new_empty(x.shape), x.new_zeros(programs if weight_trains else 0, C, dtype=torch.float32)
         if x.numel():
+            dy, x = dy.contiguous(), x.contiguous()
             w = x if weight is None else weight.contiguous()
             with torch.cuda.device_of(x):
                 _rms_norm_backward[(programs,)](

@@ -1,0 +1,60 @@
+"""Recipes: how an output is made again from what its operation saves for its backward pass anyway.
+
+A norm saves its input, a gate both of its inputs. Whoever needs the output in its own backward pass (the low-rank
+product behind a norm) takes the recipe in its place, so that nothing more is saved: `leave` hangs it on the output,
+`keep` finds it there.
+
+Under ``torch.compile``, whose partitioner decides by itself what is computed again, nothing is left.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Recipe:
+    """``make(*inputs)`` gives the output again, bit for bit.
+
+    What is made is kept until all who asked for it have used it: the three products behind one norm make it once.
+    """
+
+    def __init__(self, make: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], version: int) -> None:
+        self.make, self.inputs, self.version = make, inputs, version
+        self.users = self.used = 0
+        self.made: Tensor | None = None
+
+    def output(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        """The output, from the saved ``inputs``."""
+        made = self.made if self.made is not None else self.make(*inputs)
+        self.used += 1
+        self.made = made if self.used < self.users else None
+        return made
+
+
+def leave(output: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """Hang the recipe on ``output``, and return it. ``make`` and ``inputs`` must not hold ``output`` itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        output.recipe = Recipe(make, inputs, output._version)  # type: ignore[attr-defined]
+    return output
+
+
+def keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
+    """Save ``others``, and ``x`` or what it is made from; `kept` brings them back."""
+    recipe = getattr(x, "recipe", None)
+    if recipe is None or recipe.version != x._version:  # it was changed in place since
+        ctx.recipe = None
+        ctx.save_for_backward(*others, x)
+        return
+    recipe.users += 1
+    ctx.recipe, ctx.n_others = recipe, len(others)
+    ctx.save_for_backward(*others, *recipe.inputs)
+
+
+def kept(ctx: Any) -> tuple[Tensor, ...]:
+    """What `keep` saved: the others, then ``x``."""
+    saved = ctx.saved_tensors  # once: a checkpoint computes again for each time that it is asked
+    if ctx.recipe is None:
+        return saved
+    return (*saved[: ctx.n_others], ctx.recipe.output(saved[ctx.n_others :]))
