@@ -32,7 +32,6 @@ def _levels() -> tuple[float, ...]:
 
 
 LEVELS = _levels()
-ZERO = LEVELS.index(0.0)  # the code of zero
 
 
 class Packed(NamedTuple):

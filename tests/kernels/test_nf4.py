@@ -84,6 +84,7 @@ def test_packing_what_was_unpacked_gives_the_same_again(shape: tuple[int, ...], 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (200,), (3, 100)])
 def test_empty_weights_and_zeros_stay(shape: tuple[int, ...], double_quant: bool) -> None:
     assert torch.equal(there_and_back(torch.zeros(shape), 64, double_quant), torch.zeros(shape))
+    assert nf4_pack(torch.zeros(shape)).codes.eq(0x77).all(), "zero has a code of its own"
     mixed = torch.cat([torch.zeros(64), torch.randn(64), torch.zeros(64)])  # blocks of zeros beside others
     assert not there_and_back(mixed, 64, double_quant).view(3, 64)[[0, 2]].any()
 
