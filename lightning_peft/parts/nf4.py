@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_peft.engine import AdapterError
 from lightning_peft.kernels.nf4 import Packed, nf4_pack, nf4_unpack
 
 aten = torch.ops.aten
@@ -34,6 +35,7 @@ class NF4Tensor(Tensor):
     absmax: Tensor
     scale: Tensor | None
     transposed: bool
+    is_packed = True  # which tells the engine that it cannot be trained
 
     @staticmethod
     def __new__(cls, packed: Packed, shape: torch.Size, dtype: torch.dtype, transposed: bool = False) -> "NF4Tensor":
@@ -76,8 +78,11 @@ class NF4Tensor(Tensor):
 
     def unpacked(self) -> Tensor:
         """The weight that it stands for, as a plain tensor."""
-        weight = nf4_unpack(self.packed, self._stored_shape, self.dtype)
+        weight = self._unpacked()
         return weight.t() if self.transposed else weight
+
+    def _unpacked(self) -> Tensor:
+        return nf4_unpack(self.packed, self._stored_shape, self.dtype)
 
     def pack_anew(self, weight: Tensor) -> None:
         """Keep ``weight`` from now on, in place.
@@ -90,6 +95,8 @@ class NF4Tensor(Tensor):
         kept = self.block_size, self.scale is not None, False
         if isinstance(weight, NF4Tensor) and (weight.block_size, weight.scale is not None, weight.transposed) == kept:
             new = weight.packed
+        elif weight.dtype == self.dtype and torch.equal(weight.to(self.device), self._unpacked()):
+            return  # what was rounded to bfloat16, say, would be packed a little differently
         else:
             new = nf4_pack(weight, self.block_size, self.scale is not None)
         for part, value in zip(self.packed, new, strict=True):
@@ -98,6 +105,10 @@ class NF4Tensor(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"NF4Tensor({tuple(self.shape)}, {self.dtype}, {self.block_size} a block, on {self.device})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # that of tensors cannot be read by those who move storages while they load, as Lightning does
+        return _rebuild, (*self.packed, self._stored_shape, self.dtype, self.transposed, isinstance(self, nn.Parameter))
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, bool]]:
         parts = ["codes", "absmax"] + ([] if self.scale is None else ["scale"])
@@ -122,6 +133,16 @@ class NF4Tensor(Tensor):
             if result is not NotImplemented:
                 return result
         return _unpacked_call(func, args, kwargs or {})
+
+
+def refuse_packed(model: nn.Module, who: str) -> None:
+    """Raise an `AdapterError` if ``who``, which takes weights apart, would unpack those of ``model``."""
+    packed = [name for name, p in model.named_parameters() if isinstance(p, NF4Tensor)]
+    if packed:
+        raise AdapterError(
+            f"{who} cannot send weights in 4 bits: {len(packed)} are, among them {packed[0]!r}. Keep the base whole "
+            "(LoRA), or the model on each device: strategy='peft_ddp'."
+        )
 
 
 def _unpacked_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,8 +203,21 @@ def _copy(tensor: Any, source: Tensor, non_blocking: bool = False) -> Any:
     return tensor
 
 
+def _rebuild(
+    codes: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    transposed: bool,
+    is_parameter: bool,
+) -> Tensor:
+    made = NF4Tensor(Packed(codes, absmax, scale), shape, dtype, transposed)
+    return nn.Parameter(made, requires_grad=False) if is_parameter else made
+
+
 # a file of tensors may hold it, also where nothing but weights is read
-torch.serialization.add_safe_globals([NF4Tensor])
+torch.serialization.add_safe_globals([_rebuild])
 
 _KEPT: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _same,

@@ -192,6 +192,16 @@ def test_one_is_copied_into_another_bit_for_bit(weight: Tensor) -> None:
     assert torch.equal(coarse, NF4Tensor.pack(source.unpacked().float(), 128, double_quant=False))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_writing_what_it_stands_for_changes_nothing(weight: Tensor, dtype: torch.dtype) -> None:
+    packed = NF4Tensor.pack(weight).to(dtype)
+    before = copy.deepcopy(packed.packed)
+    for seen in (packed, packed.T):
+        seen.copy_(seen.unpacked())
+        seen.lerp_(seen.unpacked(), 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(packed.packed, before, strict=True))
+
+
 def test_a_checkpoint_of_the_whole_weight_loads_into_it_and_out_of_it(weight: Tensor) -> None:
     linear, other = layer(torch.zeros(11, 7)), nn.Linear(7, 11)
     whole = {"weight": weight, "bias": torch.ones(11)}
@@ -207,11 +217,16 @@ def test_a_checkpoint_of_the_whole_weight_loads_into_it_and_out_of_it(weight: Te
 
 def test_a_file_keeps_it_packed_and_loads_where_only_weights_may(weight: Tensor) -> None:
     file = io.BytesIO()
-    torch.save(layer(weight).state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)["weight"]
-    assert isinstance(loaded, NF4Tensor)
-    assert torch.equal(loaded, plain(weight))
+    linear = layer(weight)
+    other = NF4Tensor.pack(weight, 16, double_quant=False).T
+    torch.save({"state": linear.state_dict(), "live": linear.weight, "other": other}, file)
+    for place in (None, "cpu", lambda storage, location: storage):
+        file.seek(0)
+        loaded = torch.load(file, map_location=place, weights_only=True)
+        assert all(isinstance(t, NF4Tensor) for t in (loaded["state"]["weight"], loaded["live"], loaded["other"]))
+        assert torch.equal(loaded["state"]["weight"], plain(weight))
+        assert [isinstance(t, nn.Parameter) for t in (loaded["state"]["weight"], loaded["live"])] == [False, True]
+        assert torch.equal(loaded["other"], other)
 
 
 def test_a_compiled_layer_computes_the_same(weight: Tensor) -> None:
