@@ -23,6 +23,7 @@ from lightning_peft.engine.merge import check_finite, check_mergeable, merged_pa
 from lightning_peft.engine.slots import base_parameters, plain_name, slots
 from lightning_peft.engine.state import check_base, fingerprint, ranks_in, refuse
 from lightning_peft.interop.files import FORMAT, adapted_root, check_format, describe, method_from
+from lightning_peft.parts.nf4 import NF4Tensor
 
 Save = Literal["adapter", "full", "merged"]
 
@@ -60,6 +61,8 @@ def on_save(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             holder[key] = {plain_name(name): value for name, value in holder[key].items() if name not in base}
     elif saving.what == "full":
         others = {name: injection.in_place.items() for name, injection in record_of(root).injections.items()}
+        for holder, key in _model_states(checkpoint):
+            holder[key] = {name: _plain(value) for name, value in holder[key].items()}
         facts["in_place"] = {name: {k: v for k, v in items if v is not None} for name, items in others.items()}
     else:
         checkpoint["state_dict"] = _folded(_averaged(trainer) or module, checkpoint["state_dict"])
@@ -199,6 +202,11 @@ def prefix_of(module: nn.Module, root: nn.Module) -> str:
 
 def _trained_in_place(root: nn.Module) -> set[int]:
     return {id(root.get_parameter(name)) for i in record_of(root).injections.values() for name in i.in_place}
+
+
+def _plain(value: Tensor) -> Tensor:
+    # in the precision in which it was packed: there, packing it again changes nothing
+    return NF4Tensor.unpacked(value.float()) if isinstance(value, NF4Tensor) else value  # type: ignore[arg-type]
 
 
 def _of_adapters(root: nn.Module) -> set[int]:

@@ -113,6 +113,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
         _fill(adapter, target, name)
     readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
     _check_readable(planned, readers_of)
+    stored = _stored(model, method, targets)
     state = method.initial_state(model) | ({"calibrated": torch.zeros(())} if method.calibrated else {})
 
     # nothing may fail from here on
@@ -123,6 +124,8 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
         for reader in reading:
             slots.let_read(reader, target.module)
     _freeze(model, record)
+    for target, weight in stored:
+        target.module._parameters[target.site.weight] = nn.Parameter(weight, requires_grad=False)
     for n in dict.fromkeys(n for n in in_place if n in parameters):
         parameters[n].requires_grad_(True)
         injection.in_place[n] = parameters[n].detach().clone() if method.keeps_base else None
@@ -243,6 +246,12 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
                 f"Leave it out of one of them (modules_to_save=(), or exclude_modules), or set_active(model, ()) first "
                 "and let one act at a time."
             )
+    for name in names:
+        if not slots.can_train(model.get_parameter(name)):
+            raise TargetError(
+                f"{who}: {name!r} is kept in few bits, which no gradient can change. Leave it out (exclude_modules, "
+                "modules_to_save), or train an adapter on it."
+            )
     for names_of_one in owners_of(model).values():
         chosen = [n for n in names_of_one if n in names]
         others = [n for n in names_of_one if n not in names]
@@ -267,6 +276,8 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         by = ([target.module] if target.site.read else []) + reading
         because = adapter.unmergeable_because()
+        if by and because is None and slots.in_codes(target.site.get(target.module)[0]):
+            because = slots.in_codes_because(target.module, target.site)
         if because is None and adapter.dropout:
             because, by = "its dropout acts on the input: set dropout=0.", [m for m in by if reads_in_training(m)]
         if because and by:
@@ -274,6 +285,25 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
                 f"{type(adapter).__name__} cannot act on {target.name!r}: {slots.base_class(by[0]).__name__} reads "
                 f"that weight without a call of the layer, and {because} Or leave it out with exclude_modules."
             )
+
+
+def _stored(model: nn.Module, method: Method, targets: list[Target]) -> list[tuple[Target, Tensor]]:
+    """(target, weight) of those that the method keeps in another form than they have."""
+    changed, owners = [], owners_of(model)
+    for target in targets:
+        weight = target.module._parameters[target.site.weight]
+        kept = weight if weight is None else method.stored(weight, target)
+        if weight is None or kept is None or kept is weight:
+            continue
+        own = f"{target.owner}.{target.site.weight}".lstrip(".")
+        others = [name for name in owners[id(weight)] if name != own]
+        if others:
+            raise TargetError(
+                f"{type(method).__name__}: the weight of {target.name!r} is tied to {others[0]!r}, which would be kept "
+                "in another form with it. Leave that layer out with exclude_modules, or untie them first."
+            )
+        changed.append((target, kept))
+    return changed
 
 
 def _is_occupied(target: Target, name: str) -> bool:
@@ -290,7 +320,11 @@ def _fill(adapter: Adapter, target: Target, name: str) -> None:
     with torch.no_grad():
         holds = slots.holds_adapters(target.module)
         below = slots.active_adapters(target.module, target.site.weight) if holds else ()
-        adapter.reset_parameters(Layer(target.module, target.site, below), torch.Generator().manual_seed(seed))
+        layer = Layer(target.module, target.site, below)
+        try:
+            adapter.reset_parameters(layer, torch.Generator().manual_seed(seed))
+        except AdapterError as error:
+            raise TargetError(f"{type(adapter).__name__} on {target.name!r}: {error}") from None
 
 
 def _freeze(model: nn.Module, record: Record) -> None:

@@ -63,7 +63,7 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     adapters = detach(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in record.trainable or parameter.requires_grad)
+        parameter.requires_grad_(parameter.requires_grad or (name in record.trainable and slots.can_train(parameter)))
     record.merged = Merged(adapters, kept, active, frozen)
     if not keep_base:
         del model.__dict__["_peft"]
@@ -103,6 +103,7 @@ def unload(model: ModelT, name: str | None = None) -> ModelT:
     """Take all adapters out, or those of one name; the base is as it was before `inject`.
 
     That means its parameters and its buffers bit for bit, and, with the last adapter, its ``requires_grad`` flags.
+    Weights that the method keeps in another form (``changes_base``) stay in it, and frozen.
 
     Raises:
         AdapterError: a method trained the base in place and kept no copy of it, or there is no such adapter.
@@ -130,7 +131,7 @@ def unload(model: ModelT, name: str | None = None) -> ModelT:
             if key in record.buffers:
                 buffer.copy_(record.buffers[key])
     for key, base in model.named_parameters():
-        base.requires_grad_(key in record.trainable)
+        base.requires_grad_(key in record.trainable and slots.can_train(base))
     del model.__dict__["_peft"]
     return model
 
@@ -145,6 +146,8 @@ def merged_parameters(module: Any, dtype: torch.dtype | None = None) -> dict[str
         adapters = slots.active_adapters(module, site.weight)
         if adapters:
             weight, bias = site.get(module)
+            if slots.in_codes(weight):
+                raise MergeError(f"nothing can be merged: {slots.in_codes_because(module, site)}")
             exact = torch.promote_types(weight.dtype, torch.float32)
             weight, bias = weight.to(exact), None if bias is None else bias.to(exact)
             with torch.no_grad():

@@ -36,6 +36,8 @@ class Method(ABC):
             ``unload`` can give it back.
         switches: which of its parameters require gradients changes while training.
         calibrated: its start is measured on data.
+        changes_base: the base weights of its targets are kept in another form (`stored`), and stay in it after
+            ``unload``.
     """
 
     name: ClassVar[str]
@@ -48,6 +50,7 @@ class Method(ABC):
     keeps_base: ClassVar[bool] = True
     switches: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -72,6 +75,13 @@ class Method(ABC):
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """Names of the base parameters that are trained as they are."""
         return []
+
+    def stored(self, weight: Tensor, target: Target) -> Tensor:
+        """The form in which the base weight of ``target`` is kept from injection on; ``weight`` itself by default.
+
+        It answers with the shape and the dtype of ``weight``. Adapters are filled before, from ``weight``.
+        """
+        return weight
 
     def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:
         """What the learning rate of this parameter of ``adapter`` is multiplied with."""
@@ -192,7 +202,7 @@ class HostedMethod(Method):
         steady = "a method that does not choose by itself what trains when"
         check_range(type(self).__name__, "method", host, not host.switches, steady)
         object.__setattr__(self, "method", host)
-        for fact in ("identity_at_init", "mergeable", "keeps_base", "calibrated"):
+        for fact in ("identity_at_init", "mergeable", "keeps_base", "changes_base", "calibrated"):
             object.__setattr__(self, fact, getattr(host, fact))
 
     @property
@@ -212,6 +222,9 @@ class HostedMethod(Method):
 
     def trained_in_place(self, model: nn.Module) -> list[str]:  # noqa: D102
         return self.host.trained_in_place(model)
+
+    def stored(self, weight: Tensor, target: Target) -> Tensor:  # noqa: D102
+        return self.host.stored(weight, target)
 
     def learning_rate_ratio(self, adapter: Adapter, parameter: str) -> float:  # noqa: D102
         return self.host.learning_rate_ratio(adapter, parameter)

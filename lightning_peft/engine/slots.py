@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.errors import MergeError
+from lightning_peft.engine.errors import AdapterError, MergeError
 
 Kind = Literal["linear", "conv", "embedding", "norm"]
 
@@ -159,7 +159,13 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """(d_out, d_in, ...), the adapters below included."""
+        """(d_out, d_in, ...), the adapters below included.
+
+        Raises:
+            AdapterError: it is kept in codes that only the layer can read.
+        """
+        if in_codes(self.site.get(self.module)[0]):
+            raise AdapterError(in_codes_because(self.module, self.site))
         return effective(self.module, self.site, self._below)[0]
 
     @property
@@ -182,6 +188,24 @@ def whole(tensor: Any) -> Any:
     A sharded base is whole only while its forward runs.
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def in_codes(weight: Tensor) -> bool:
+    """Whether another library quantised ``weight``, so that only the forward of its layer can read its values."""
+    return not weight.is_floating_point()
+
+
+def in_codes_because(module: nn.Module, site: Site) -> str:
+    """Why nothing but a call of ``module`` works, as sentences."""
+    return (
+        f"{base_class(module).__name__} keeps its {site.weight} in {site.get(module)[0].dtype} codes that only its own "
+        "forward can read. Use a method that calls the layer and no more, such as LoRA, or quantise with QLoRA."
+    )
+
+
+def can_train(parameter: Tensor) -> bool:
+    """Whether a gradient may change ``parameter``: not if its values are in codes, nor if it says that it is packed."""
+    return parameter.is_floating_point() and not getattr(parameter, "is_packed", False)
 
 
 def is_sharded(model: nn.Module) -> bool:

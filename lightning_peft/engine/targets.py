@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.errors import TargetError, nearest
-from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters, plain_name
+from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters, in_codes, plain_name
 
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all-layers"
@@ -30,7 +30,10 @@ class Target:
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight, output axis first."""
-        return self.site.get(self.module)[0].shape
+        weight = self.site.get(self.module)[0]
+        if in_codes(weight) and isinstance(self.module, nn.Linear):  # whose shape is what suits the codes
+            return torch.Size((self.module.out_features, self.module.in_features))
+        return weight.shape
 
     @property
     def d_out(self) -> int:

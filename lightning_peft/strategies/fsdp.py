@@ -37,6 +37,7 @@ from lightning_peft.engine.slots import whole
 from lightning_peft.engine.state import remember_values
 from lightning_peft.interop.files import adapted_root
 from lightning_peft.parts.blocks import find_blocks
+from lightning_peft.parts.nf4 import refuse_packed
 from lightning_peft.strategies.averaging import AveragingStrategy
 from lightning_peft.strategies.injecting import InjectingStrategy
 from lightning_peft.strategies.ranks import check_same_start
@@ -226,6 +227,7 @@ def _check(module: Any) -> None:
             f"{who}: {len(empty)} parameters have no values (they are on the meta device): {', '.join(empty[:3])}, ... "
             "Load the base before the run starts, in __init__, setup or configure_model: it is sharded after that."
         )
+    refuse_packed(module, who)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lightning_peft.engine.inject import has_record, owners_of
 from lightning_peft.engine.slots import base_parameters
 from lightning_peft.interop.files import adapted_root
 from lightning_peft.parts.blocks import find_blocks
+from lightning_peft.parts.nf4 import refuse_packed
 from lightning_peft.strategies.injecting import InjectingStrategy
 
 
@@ -83,6 +84,7 @@ class PEFTOffloadStrategy(InjectingStrategy, SingleDeviceStrategy):
                 f"{who}: nothing was injected into {type(module).__name__}. Give the strategy a method: "
                 f"{who}(method=LoRA(r=8)), or the Trainer a callback: callbacks=[PEFT(LoRA(r=8))]."
             )
+        refuse_packed(module, who)
         inside = _inside(root, find_blocks(root, self.blocks, who=who))
         homes = {p: p.data for parameters in inside.values() for p in parameters}
         for p in homes:

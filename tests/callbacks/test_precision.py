@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft import PEFT, AdapterError, LoRA, disabled
 from lightning_peft.engine import METHODS, Method, adapters_of
 from tests.callbacks.nets import Lit, LitConfigured, StopAfterAnEpoch, loader, trainer
+from tests.methods.backbones import kept
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -131,7 +132,7 @@ def test_every_method_trains_with_a_gradient_scaler(method: Method, device: str,
     module, losses = Lit(), Losses()
     options = {**scaled(device), "gradient_clip_val": 1.0, "max_epochs": 3}
     made = trainer(tmp_path, PEFT(method, summary=False), losses, **options)
-    start = {name: p.clone() for name, p in module.named_parameters()}
+    start = {name: p.clone() for name, p in kept(Lit(), method).named_parameters()}
     made.fit(module, loader(), loader())
     assert made.scaler is not None
     assert 1 < made.scaler.get_scale() < 2**24

@@ -46,6 +46,17 @@ def moved(model: nn.Module, seed: int = 2) -> nn.Module:
     return model
 
 
+def kept(base: nn.Module, method: Method) -> nn.Module:
+    """``base`` with its weights in the form in which the method keeps them; as it is if it ``changes_base`` not."""
+    for target in method.targets(base):
+        weight = target.module._parameters[target.site.weight]
+        stored = weight if weight is None else method.stored(weight, target)
+        if stored is not weight:
+            assert method.changes_base
+            target.module._parameters[target.site.weight] = nn.Parameter(stored, requires_grad=False)
+    return base
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of all that train."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -9,7 +9,17 @@ from torch import nn
 
 from lightning_peft import load_adapter, merge, save_adapter, unload
 from lightning_peft.engine import METHODS, AdapterError, HostedMethod, Method, TargetError, inject
-from tests.methods.backbones import BACKBONES, assert_unchanged, backbone, call, moved, snapshot, suited, trainable
+from tests.methods.backbones import (
+    BACKBONES,
+    assert_unchanged,
+    backbone,
+    call,
+    kept,
+    moved,
+    snapshot,
+    suited,
+    trainable,
+)
 
 every_backbone = pytest.mark.parametrize("name", BACKBONES)
 every_method = pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS.keys())
@@ -98,7 +108,7 @@ def test_merged_equals_unmerged(cls: type[Method], name: str) -> None:
         expected = call(name, model)
         torch.testing.assert_close(call(name, merge(model)), expected, **CLOSE)
         if method.keeps_base:
-            assert_unchanged(unload(model), snapshot(backbone(name)))
+            assert_unchanged(unload(model), snapshot(kept(backbone(name), method)))
 
 
 @every_method

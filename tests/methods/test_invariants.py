@@ -24,7 +24,7 @@ from lightning_peft.engine import (
     notify,
     total_loss,
 )
-from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny, trainable
+from tests.methods.backbones import Tiny, assert_unchanged, kept, moved, snapshot, tiny, trainable
 
 CASES = [
     pytest.param(example, id=f"{name}-{i}")
@@ -116,7 +116,7 @@ def test_unload_gives_the_base_back_after_training(method: Method, x: Tensor) ->
     model = ready(method, x)
     train(model, x, steps=3)
     if method.keeps_base:
-        assert_unchanged(unload(model), snapshot(tiny()))
+        assert_unchanged(unload(model), snapshot(kept(tiny(), method)))
     else:
         with pytest.raises(AdapterError, match="no base to go back to"):
             unload(model)
@@ -128,7 +128,7 @@ def test_disabled_answers_as_the_base(method: Method, x: Tensor) -> None:
     before, y = snapshot(model), model(x)
     if method.keeps_base:
         with disabled(model):
-            assert torch.equal(model(x), tiny()(x))
+            assert torch.equal(model(x), kept(tiny(), method)(x))
     else:
         with pytest.raises(AdapterError, match="no base to go back to"), disabled(model):
             pass
@@ -158,6 +158,7 @@ def test_merged_model_is_plain(method: Method) -> None:
         assert base.state_dict().keys() <= merged.state_dict().keys()
         assert all(key.endswith(".bias") for key in created)
         assert all(p.dtype == torch.float32 for p in merged.parameters())
+        assert {type(p) for p in merged.parameters()} == {nn.Parameter}
 
 
 @every_example
@@ -188,7 +189,7 @@ def test_a_low_rank_change_is_saved_as_plain_lora(method: Method, x: Tensor, tmp
             with pytest.raises(AdapterError, match="cannot be saved as LoRA"):
                 save_adapter(model, tmp_path, as_lora=True)
         return
-    loaded = load_adapter(tiny(), save_adapter(model, tmp_path, as_lora=True))
+    loaded = load_adapter(kept(tiny(), method), save_adapter(model, tmp_path, as_lora=True))
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -280,7 +281,7 @@ def test_two_names_take_turns(method: Method, x: Tensor) -> None:
     set_active(model, "second")
     assert torch.equal(model(x), second)
     assert torch.equal(unload(model, "default")(x), second)
-    assert_unchanged(unload(model), snapshot(tiny()))
+    assert_unchanged(unload(model), snapshot(kept(tiny(), method)))
 
 
 @every_example

@@ -1,0 +1,3 @@
+"""Methods whose base is kept in few bits."""
+
+from .qlora import QLoRA as QLoRA
