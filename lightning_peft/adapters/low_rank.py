@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine import Adapter, Layer, Target
+from lightning_peft.kernels import lora_product
 
 
 class LowRank(Adapter):
@@ -62,11 +63,11 @@ class LowRank(Adapter):
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone, scaled; (..., d_out) for x (..., d_in)."""
-        return self.through(self.drop(_cast(x, self.scaling.dtype)), layer, *self.factors())
+        return self.through(x, layer, *self.factors(), dropout=self.dropout if self.training else 0.0)
 
-    def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor) -> Tensor:
-        """``x`` through two factors; (..., d_out) for x (..., d_in)."""
-        return F.linear(F.linear(x, down), up)
+    def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor, dropout: float = 0.0) -> Tensor:
+        """``dropout(x)`` through two factors; (..., d_out) for x (..., d_in)."""
+        return lora_product(x, down, up, dropout=dropout)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout, in training only."""
@@ -101,9 +102,9 @@ class LowRankConv(LowRank):
     With groups, all of them share A (r, c_in / groups, ...), which any r allows and depthwise layers need.
     """
 
-    def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor) -> Tensor:
-        """``x`` through two factors; (N, c_out, ...) for x (N, c_in, ...)."""
-        conv = layer.module
+    def through(self, x: Tensor, layer: Layer, down: Tensor, up: Tensor, dropout: float = 0.0) -> Tensor:
+        """``dropout(x)`` through two factors; (N, c_out, ...) for x (N, c_in, ...)."""
+        conv, x = layer.module, F.dropout(_cast(x, down.dtype), dropout)
         spatial = down.dim() - 2
         h = conv._conv_forward(x, down.repeat(conv.groups, *[1] * (down.dim() - 1)), None)
         one_by_one = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
@@ -164,7 +165,7 @@ class Recentred(LowRank):
 
     def product(self, x: Tensor, layer: Layer) -> Tensor:
         """The change of the output alone: what goes through the trained pair, less what goes through the first."""
-        x = self.drop(_cast(x, self.lora_A.dtype))
+        x = self.drop(x)
         return self.through(x, layer, *self.factors()) - self.through(x, layer, *self.first_factors())
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:

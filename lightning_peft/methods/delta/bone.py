@@ -30,6 +30,7 @@ class BlockAffine(Adapter):
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """Zero: there is one factor, so it learns from there."""
+        self.delta(layer.weight)  # which is an error now, not in training, if the weight cannot be read
         self.block.zero_()
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
