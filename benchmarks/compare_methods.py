@@ -184,7 +184,10 @@ def trainable(todo: Task, method: Method) -> int:
     """Trainable parameters of a method on the model of a task, less those that are new."""
     if isinstance(method, TargetedMethod):
         method = dataclasses.replace(method, modules_to_save=todo.head)
-    model = inject(_meta(todo), method)
+    try:
+        model = inject(_meta(todo), method)
+    except AdapterError:  # perhaps for want of values, which some methods look at
+        model = inject(deepcopy(todo.module(0, RATES[0])), method)
     new = sum(p.numel() for head in todo.head for p in model.get_submodule(head).parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad) - new
 
