@@ -1,5 +1,7 @@
 """Fast operations, one file each: the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
 
+from .gates import geglu as geglu
+from .gates import swiglu as swiglu
 from .layer_norm import layer_norm as layer_norm
 from .layer_norm import modulated_layer_norm as modulated_layer_norm
 from .rms_norm import rms_norm as rms_norm

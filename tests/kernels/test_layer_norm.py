@@ -137,6 +137,7 @@ def test_what_is_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
         layer_norm(x, w, b, 1e-5)
     assert sum(kept.values()) == 4 * (x.numel() + w.numel() + 2 * 6)
+    assert {x.data_ptr(), w.data_ptr()} < kept.keys()
 
 
 def test_wrong_shapes_are_named() -> None:
