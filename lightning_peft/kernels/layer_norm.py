@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
 
+PROGRAMS = 512  # enough for every core, where each leaves a partial sum
+
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalisation of the last dimension to mean 0 and variance 1, accumulated in float32.
@@ -166,8 +168,6 @@ _forward.register_autograd(_differentiate, setup_context=_setup)
 if HAS_TRITON:
     import triton
     import triton.language as tl
-
-    PROGRAMS = 512  # enough for every core; each leaves a partial sum
 
     @triton.jit
     def _layer_norm_forward(
