@@ -5,3 +5,4 @@ from .gates import swiglu as swiglu
 from .layer_norm import layer_norm as layer_norm
 from .layer_norm import modulated_layer_norm as modulated_layer_norm
 from .rms_norm import rms_norm as rms_norm
+from .rope import rope as rope
