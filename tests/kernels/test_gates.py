@@ -68,6 +68,8 @@ def test_halves_of_a_fused_projection(ours: Gate, plain: Gate) -> None:
     check(halves(ours), halves(plain), (torch.randn(2, 3, 34).requires_grad_(),), torch.randn(2, 3, 17))
     gate, up = torch.randn(6, 5).T.requires_grad_(), torch.randn(5, 12)[:, ::2].requires_grad_()
     check(ours, plain, (gate, up), torch.randn(5, 6))
+    y = ours(gate, up)
+    assert all(each.is_contiguous() for each in (y, *torch.autograd.grad(y.sum(), (gate, up))))
 
 
 @every_gate
