@@ -6,3 +6,4 @@ from .layer_norm import layer_norm as layer_norm
 from .layer_norm import modulated_layer_norm as modulated_layer_norm
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
+from .scale_shift import scale_shift as scale_shift
