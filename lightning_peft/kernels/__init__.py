@@ -1,5 +1,11 @@
 """Fast operations, one file each: the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
 
+from .gates import geglu as geglu
+from .gates import swiglu as swiglu
+from .layer_norm import layer_norm as layer_norm
+from .layer_norm import modulated_layer_norm as modulated_layer_norm
 from .lora_linear import lora_linear as lora_linear
 from .lora_linear import lora_product as lora_product
 from .rms_norm import rms_norm as rms_norm
+from .rope import rope as rope
+from .scale_shift import scale_shift as scale_shift
