@@ -4,6 +4,7 @@ from .gates import geglu as geglu
 from .gates import swiglu as swiglu
 from .layer_norm import layer_norm as layer_norm
 from .layer_norm import modulated_layer_norm as modulated_layer_norm
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .lora_linear import lora_linear as lora_linear
 from .lora_linear import lora_product as lora_product
 from .rms_norm import rms_norm as rms_norm
