@@ -27,8 +27,9 @@ lint: $(INSTALLED)  ## style
 types: $(INSTALLED)  ## type check
 	$(BIN)/mypy
 
-tests: $(INSTALLED)  ## tests and doctests
+tests: $(INSTALLED)  ## tests and doctests; those of kernels once more, interpreted
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 LIGHTNING_PEFT_KERNELS=interpret $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
 notebooks: $(INSTALLED)  ## run every tutorial
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials

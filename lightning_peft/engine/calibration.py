@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_peft.engine.errors import AdapterError
 from lightning_peft.engine.inject import record_of
@@ -42,6 +43,10 @@ class Calibration:
     def adapters(self) -> list[tuple[str, nn.Module, Any]]:
         """(module name, module, adapter) of all that were injected under this name; of the classes of the method."""
         return adapters_of(self.model, self.name)
+
+    def each(self) -> Iterator[tuple[str, nn.Module, Any]]:
+        """`adapters`, one by one, with a bar if going through them takes longer than a moment."""
+        return iter(tqdm(self.adapters(), desc=self._who, unit="layer", delay=2, leave=False))
 
     def weight(self, module: nn.Module, adapter: Adapter) -> Tensor:
         """What lies below ``adapter`` on ``module``: (d_out, d_in) with the adapters that were injected before."""

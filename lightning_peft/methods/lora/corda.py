@@ -72,7 +72,7 @@ class CorDA(PiSSA):
 
         calibration.observe_inputs(observe)
         starts: list[Any] = []
-        for path, module, adapter in calibration.adapters():
+        for path, module, adapter in calibration.each():
             C = calibration.measured("input", path, sums.get(module)).double()
             weight = calibration.weight(module, adapter).double()
             starts.append((adapter, *self._decomposed(weight, C, len(adapter.lora_A))))

@@ -67,7 +67,7 @@ class LoKU(PiSSA):
         """Measure F for each layer, and decompose the weight under it."""
         forget, retain = (calibration.gradients(part, power=2) for part in (self.forget, self.retain))
         starts: list[Any] = []
-        for path, module, adapter in calibration.adapters():
+        for path, module, adapter in calibration.each():
             importance = calibration.measured("gradient", path, forget.get(path))
             importance = importance / (1e-5 + retain.get(path, torch.zeros_like(importance)))
             weight = calibration.weight(module, adapter).to(adapter.scaling.dtype)

@@ -69,7 +69,7 @@ class LoRAGA(PiSSA):
         """Measure G for each layer, and decompose it."""
         gradients = calibration.gradients()
         starts: list[Any] = []
-        for path, _, adapter in calibration.adapters():
+        for path, _, adapter in calibration.each():
             gradient = calibration.measured("gradient", path, gradients.get(path))
             r = len(adapter.lora_A)
             U, _, Vh = leading_svd(gradient, 2 * r, self.niter, torch.Generator())
