@@ -7,10 +7,11 @@ and must have found everything after the last.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import lightning as L
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -24,6 +25,7 @@ from lightning_peft.callbacks.activation_checkpointing import inputs_require_gra
 from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
 from lightning_peft.callbacks.calibrating import calibrate_on_training_data
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_peft.callbacks.fused import fused
 from lightning_peft.callbacks.instance_hooks import after, around, before, unwrap, within
 from lightning_peft.callbacks.learning_rates import groups_split, ratios, scale_in_step, unscale
 from lightning_peft.callbacks.optimizer_state import restore_by_name
@@ -75,6 +77,8 @@ class PEFT(L.Callback):
         telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
             of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
         calibration_batches: batches of the training data that methods measure their start on, those that do.
+        kernels: ``"auto"`` computes norms, gates and activations of known types by the operations of
+            ``lightning_peft.kernels`` while training, which save less for the backward pass; the last digits differ.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.
@@ -94,11 +98,14 @@ class PEFT(L.Callback):
         save: checkpoints.Save = "adapter",
         telemetry: bool = False,
         calibration_batches: int = 8,
+        kernels: Literal["auto", "off"] = "off",
     ) -> None:
         if save not in get_args(checkpoints.Save):
             raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
         self.save, self.telemetry, self.calibration_batches = save, telemetry, calibration_batches
+        check_range("PEFT", "kernels", kernels, kernels in ("auto", "off"), "one of auto, off")
+        self.kernels = kernels
         check_range("PEFT", "calibration_batches", calibration_batches, calibration_batches >= 1, "at least 1")
         self._telemetry: Telemetry | None = None
         self.methods = _named(method, name, init_from)
@@ -190,9 +197,10 @@ class PEFT(L.Callback):
             logger.log_metrics(
                 {"trainable_parameters": trainable, "trainable_percent": 100 * trainable / total}, step=0
             )
+        replaced = self._while_training.enter_context(fused(pl_module)) if self.kernels == "auto" else Counter()
         if self.summary and trainer.is_global_zero:
             for name in self.methods:
-                show(adapter_table(adapted_root(pl_module), name))
+                show(adapter_table(adapted_root(pl_module), name, replaced))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on where a checkpoint was written."""

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -19,10 +20,11 @@ def trainable_share(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
-def adapter_table(model: nn.Module, name: str = "default") -> Table:
+def adapter_table(model: nn.Module, name: str = "default", fused: Mapping[str, int] | None = None) -> Table:
     """One row for each group of like layers: where, how many, what they are, what sits on them, what it trains.
 
     Layers that ``target_modules`` selects beside those that the method can adapt have rows too.
+    Below it stands how many modules of which type are computed by our operations, ``fused``.
     """
     injection = record_of(model).injections[name]
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
@@ -46,7 +48,9 @@ def adapter_table(model: nn.Module, name: str = "default") -> Table:
     for path, module in left:
         groups[collapsed(path), base_class(module).__name__, "none fits"].append(0)
     trainable, total = trainable_share(model)
-    caption = "Which of these train changes from step to step." if injection.method.switches else None
+    remarks = ["Which of these train changes from step to step."] if injection.method.switches else []
+    remarks += [f"Fused: {', '.join(f'{n} {kind}' for kind, n in fused.items())}."] if fused else []
+    caption = " ".join(remarks) or None
     title = f"PEFT {name!r}: {injection.method}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", show_footer=True)
     table.add_column("Layers", footer="all trainable parameters")

@@ -7,6 +7,7 @@ GELU exactly:  gelu(g) = g P(g),  gelu'(g) = P(g) + g p(g),  P and p the normal 
 Backward:  dgate = dy up phi'(gate),  dup = dy phi(gate), both into new tensors. Saves gate and up and nothing else.
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.recipes import leave
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def _gated(name: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
             f"{name}: gate and up must agree in shape and dtype, got {tuple(gate.shape)} {gate.dtype} and "
             f"{tuple(up.shape)} {up.dtype}. Both come from projections of one input; cast or expand the odd one."
         )
-    return _forward(gate, up, activation)
+    return leave(_forward(gate, up, activation), functools.partial(_forward, activation=activation), gate, up)
 
 
 @torch.library.custom_op("lightning_peft::gated", mutates_args=())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.recipes import leave
 
 PROGRAMS = 512  # enough for every core, where each leaves a partial sum
 
@@ -40,7 +41,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
             )
     rows = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
     w, b = (None if vector is None else vector[None] for vector in (weight, bias))
-    return _forward(rows, w, b, eps, 0.0)[0].view(x.shape)
+    y, mu, rho = _forward(rows, w, b, eps, 0.0)
+    return leave(y.view(x.shape), _again, x, weight, bias, mu, rho)
+
+
+def _again(x: Tensor, weight: Tensor | None, bias: Tensor | None, mu: Tensor, rho: Tensor) -> Tensor:
+    y = (x.to(rho.dtype) - mu.view(*x.shape[:-1], 1)) * rho.view(*x.shape[:-1], 1)
+    y = y if weight is None else y * weight.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:

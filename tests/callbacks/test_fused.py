@@ -1,0 +1,124 @@
+"""Norms, gates and activations by our operations: the same training, with less saved."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lightning_peft import PEFT, LoRA, inject
+from lightning_peft.callbacks.fused import fused
+from tests.callbacks.nets import Lit, loader, trainer
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **SMALL))
+
+
+def gemma() -> nn.Module:
+    return GemmaForCausalLM(GemmaConfig(vocab_size=50, num_key_value_heads=2, head_dim=8, **SMALL))
+
+
+def bert() -> nn.Module:
+    return BertModel(BertConfig(vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SMALL))
+
+
+def vit() -> nn.Module:
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=3, **size)
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation=nn.GELU(), batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+def tokens() -> Tensor:
+    return torch.randint(50, (2, 9))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, int]]] = {
+    "llama": (llama, tokens, {"LlamaRMSNorm": 5, "LlamaMLP": 2}),
+    "gemma": (gemma, tokens, {"GemmaRMSNorm": 5, "GemmaMLP": 2}),
+    "bert": (bert, tokens, {"LayerNorm": 5, "GELUActivation": 2}),
+    "vit": (vit, lambda: torch.randn(2, 3, 16, 16), {"LayerNorm": 5, "GELU": 2}),
+    "encoder": (encoder, lambda: torch.randn(2, 7, 32), {"LayerNorm": 4, "GELU": 2}),
+}
+
+
+def first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Loss, gradients and bytes that were saved for them, but for parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = first_tensor(model(x)).square().mean()
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads, sum(n for storage, n in saved.items() if storage not in own)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_the_same_and_saves_less(name: str) -> None:
+    torch.manual_seed(0)
+    build, make_input, expected = MODELS[name]
+    model, x = inject(build(), LoRA(r=2)).train(), make_input()
+    for parameter, p in model.named_parameters():
+        if parameter.endswith("lora_B"):
+            nn.init.normal_(p, std=0.1)
+    loss, grads, before = step(model, x)
+    with fused(model) as replaced:
+        assert dict(replaced) == expected
+        fused_loss, fused_grads, after = step(model, x)
+        copied = step(copy.deepcopy(model), x)[0]
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(copied, fused_loss)
+    assert fused_grads.keys() == grads.keys()
+    for key, value in grads.items():
+        torch.testing.assert_close(fused_grads[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    assert after < 0.9 * before
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert torch.equal(step(model, x)[0], loss)
+
+
+class Normed(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net["norm"] = nn.LayerNorm(5)
+        self.net["dropout"] = nn.Dropout(0.0)
+
+
+class During(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.forward = pl_module.net["norm"].__dict__.get("forward")
+
+
+def test_in_a_trainer_it_is_asked_for_said_and_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = []
+    for kernels in ("auto", "off"):
+        during, module = During(), Normed()
+        peft = PEFT(LoRA(r=2), kernels=kernels)
+        trainer(tmp_path, peft, during, max_epochs=1).fit(module, loader(), loader())
+        assert (during.forward is not None) == (kernels == "auto")
+        assert "forward" not in module.net["norm"].__dict__
+        assert ("1 LayerNorm" in capsys.readouterr().out) == (kernels == "auto")
+        trained.append(module.state_dict())
+    for key, value in trained[0].items():
+        torch.testing.assert_close(trained[1][key], value, rtol=1e-4, atol=1e-5)
