@@ -26,7 +26,7 @@ from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, run
 
 # bytes of logits that may exist at a time
 LOGITS_BUDGET = 256 * 2**20
-# a product with fewer rows takes longer to read the head than to compute
+# a product with fewer rows takes longer to read the head than to compute; tiles of whole rows have multiples of it
 FEWEST_ROWS = 256
 # rows of a tile that holds a slice of the vocabulary: few, for the float32 sum of dx is as long
 CUT_ROWS = 1024
@@ -161,8 +161,7 @@ def _check_options(
 
 def _whole_rows(x: Tensor, weight: Tensor) -> int:
     """How many rows of logits fit into the budget; 0 if too few to be worth it."""
-    rows = LOGITS_BUDGET // (weight.shape[0] * x.element_size())
-    return rows if rows >= FEWEST_ROWS else 0
+    return LOGITS_BUDGET // (weight.shape[0] * x.element_size()) // FEWEST_ROWS * FEWEST_ROWS
 
 
 def _unit(x: Tensor) -> float:
