@@ -65,6 +65,8 @@ def lora_product(x: Tensor, down: Tensor, up: Tensor, *, dropout: float = 0.0) -
         up: (d_out, r), the scaling in it.
         dropout: probability of dropping a feature.
     """
+    if not dropout and not (torch.is_grad_enabled() and _saves_less(x, down)):
+        return F.linear(F.linear(x.to(down.dtype), down), up)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return F.linear(F.linear(F.dropout(x.to(down.dtype), dropout), down), up)
     # from the generator that everybody uses, so that a run repeats; on the CPU, so that nobody waits
@@ -74,6 +76,11 @@ def lora_product(x: Tensor, down: Tensor, up: Tensor, *, dropout: float = 0.0) -
     if not torch.is_grad_enabled():
         return F.linear(F.linear(_dropped(x.to(dtype), dropout, seed), down.to(dtype)), up.to(dtype))
     return _Product.apply(x, down, up, dtype, dropout, seed)
+
+
+def _saves_less(x: Tensor, down: Tensor) -> bool:
+    """Whether plain products would save another tensor than ``x`` itself, or one that can be made again."""
+    return x.dtype != down.dtype or hasattr(x, "recipe") or torch.is_autocast_enabled(x.device.type)
 
 
 class _Product(torch.autograd.Function):
