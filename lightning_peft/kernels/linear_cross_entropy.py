@@ -441,7 +441,7 @@ if HAS_TRITON:
                 inside = at < columns
                 logits = __logits(tile, bias_ptr, at, inside, softcap, HAS_BIAS, HAS_CAP)
                 if SMOOTHED:
-                    plain += tl.where(inside, logits, 0.0)
+                    plain += logits  # 0 outside
                 logits = tl.where(inside, logits, float("-inf"))
                 higher = tl.maximum(peak, tl.max(logits))
                 shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -464,7 +464,7 @@ if HAS_TRITON:
     ):  # fmt: skip
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside, plane = at < rows, tl.cast(parts, tl.int64) * rows
-        # nothing was measured of other rows
+        # nothing was measured of other rows: with zeros in its place their loss comes out as 0
         counts = inside & (tl.load(labels_ptr + at, mask=inside, other=0) != ignore_index)
         shift = tl.full((BLOCK,), float("-inf"), tl.float32)
         for part in range(parts):
@@ -484,7 +484,7 @@ if HAS_TRITON:
             loss -= smoothing * (plain / V - shift)
         loss += tl.cast(z_loss, tl.float32) * (shift + log_sum) * (shift + log_sum)
         log_sum = tl.where(target == target, log_sum, float("nan"))
-        tl.store(losses_ptr + at, tl.where(counts, loss, 0.0), mask=inside)
+        tl.store(losses_ptr + at, loss, mask=inside)
         tl.store(shift_ptr + at, shift, mask=inside)
         tl.store(log_sum_ptr + at, log_sum, mask=inside)
 
