@@ -1,5 +1,6 @@
 """Fast operations, one file each: the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
 
+from .dora_norm import dora_norm as dora_norm
 from .gates import geglu as geglu
 from .gates import swiglu as swiglu
 from .layer_norm import layer_norm as layer_norm
