@@ -8,3 +8,6 @@ from .layer_norm import modulated_layer_norm as modulated_layer_norm
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .scale_shift import scale_shift as scale_shift
+from .sparse_grad import linear_with_columns as linear_with_columns
+from .sparse_grad import linear_with_entries as linear_with_entries
+from .sparse_grad import linear_with_rows as linear_with_rows
