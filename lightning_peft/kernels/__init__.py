@@ -1,5 +1,6 @@
 """Fast operations, one file each: the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
 
+from .dora_norm import dora_norm as dora_norm
 from .gates import geglu as geglu
 from .gates import swiglu as swiglu
 from .layer_norm import layer_norm as layer_norm
@@ -10,3 +11,6 @@ from .lora_linear import lora_product as lora_product
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .scale_shift import scale_shift as scale_shift
+from .sparse_grad import linear_with_columns as linear_with_columns
+from .sparse_grad import linear_with_entries as linear_with_entries
+from .sparse_grad import linear_with_rows as linear_with_rows
