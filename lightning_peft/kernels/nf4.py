@@ -9,7 +9,6 @@ of 8-bit floats. Here an absmax is a multiple of 1/255 of the largest in its gro
 and packing what was unpacked (in float32) gives the same again.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -39,11 +38,6 @@ def _levels() -> tuple[float, ...]:
 
 LEVELS = _levels()
 BETWEEN = tuple((a + b) / 2 for a, b in itertools.pairwise(LEVELS))  # the last value of each level but the highest
-
-
-@functools.cache
-def table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Packed(NamedTuple):
@@ -92,7 +86,7 @@ def nf4_unpack(packed: Packed, shape: Sequence[int], dtype: torch.dtype = torch.
         ValueError: ``packed`` is not what `nf4_pack` gives for a weight of this shape.
     """
     check_packed("nf4_unpack", packed, shape)
-    return _unpack(*packed, math.prod(shape), dtype).view(*shape)
+    return _unpack(*packed, math.prod(shape), dtype).view(tuple(shape))
 
 
 def check_packed(who: str, packed: Packed, shape: Sequence[int]) -> None:
@@ -128,7 +122,8 @@ def _pack(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
     unit = blocks / absmax.where(absmax > 0, 1.0)[:, None]
-    codes = torch.bucketize(unit, table(BETWEEN, weight.device), out_int32=True).to(torch.uint8).view(-1, 2)
+    between = torch.tensor(BETWEEN, dtype=torch.float32, device=flat.device)
+    codes = torch.bucketize(unit, between, out_int32=True).to(torch.uint8).view(-1, 2)
     return codes[:, 0] << 4 | codes[:, 1], absmax
 
 
@@ -148,7 +143,7 @@ def unpack_flat(codes: Tensor, absmax: Tensor, scale: Tensor | None, n: int, dty
         # by a tensor, for an accelerator takes a division by a number for a product with its inverse
         parts = absmax / torch.full((), 255.0, device=absmax.device)
         absmax = scale.repeat_interleave(GROUP)[: len(absmax)] * parts
-    levels = table(LEVELS, codes.device)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=codes.device)
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the two weights of each byte
     blocks = F.embedding(codes.int(), pairs).view(len(absmax), block_size) * absmax[:, None]
     return blocks.view(-1)[:n].to(dtype)
@@ -167,15 +162,14 @@ if HAS_TRITON:
     import triton.language as tl
 
     ELEMENTS = 4096  # of a tile, which holds whole blocks
+    GROUP_, LEVELS_, BETWEEN_ = tl.constexpr(GROUP), tl.constexpr(LEVELS), tl.constexpr(BETWEEN)  # for kernels
 
     def is_tile(block_size: int) -> bool:
         """Whether blocks of this size fill a tile; the twin takes others."""
         return 2 <= block_size <= ELEMENTS and ELEMENTS % block_size == 0
 
     @triton.jit
-    def _nf4_pack(
-        w_ptr, between_ptr, codes_ptr, absmax_ptr, n, n_blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr
-    ):  # fmt: skip
+    def _nf4_pack(w_ptr, codes_ptr, absmax_ptr, n, n_blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         blocks = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # a weight can exceed 32 bits
         places = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None]
         w = tl.load(w_ptr + places, mask=places < n, other=0.0).to(tl.float32)
@@ -183,37 +177,45 @@ if HAS_TRITON:
         absmax = tl.max(tl.where(tl.abs(w) < infinity, tl.abs(w), infinity), 1)  # no maximum sees NaN on every device
         unit = tl.div_rn(w, tl.where((absmax > 0) & (absmax < infinity), absmax, 1.0)[:, None])
         code = tl.zeros((ROWS, BLOCK), tl.int32)
-        for level in tl.static_range(15):
-            code += (unit > tl.load(between_ptr + level)).to(tl.int32)
+        for i in tl.static_range(15):
+            code += (unit > BETWEEN_[i]).to(tl.int32)
         high, low = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
-        bytes = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None]
-        tl.store(codes_ptr + bytes, (high * 16 + low).to(tl.uint8), mask=blocks[:, None] < n_blocks)
+        pairs = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None]
+        tl.store(codes_ptr + pairs, (high * 16 + low).to(tl.uint8), mask=blocks[:, None] < n_blocks)
         tl.store(absmax_ptr + blocks, absmax, mask=blocks < n_blocks)
 
     @triton.jit
+    def all_levels():
+        """(16,): what codes stand for."""
+        code = tl.arange(0, 16)
+        levels = tl.zeros((16,), tl.float32)
+        for i in tl.static_range(16):
+            levels = tl.where(code == i, LEVELS_[i], levels)
+        return levels
+
+    @triton.jit
     def unpack_tile(
-        codes_ptr, absmax_ptr, scale_ptr, levels, first, blocks, inside,
-        DOUBLE: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+        codes_ptr, absmax_ptr, scale_ptr, levels, first, blocks, inside, DOUBLE: tl.constexpr, WIDTH: tl.constexpr
     ):  # fmt: skip
         """(rows, WIDTH) weights in float32: of each row, those of one block from byte ``first`` on."""
         absmax = tl.load(absmax_ptr + blocks, mask=inside, other=0).to(tl.float32)
         if DOUBLE:
-            scale = tl.load(scale_ptr + blocks // GROUP, mask=inside, other=0.0)
+            scale = tl.load(scale_ptr + blocks // GROUP_, mask=inside, other=0.0)
             absmax = scale * tl.div_rn(absmax, tl.full(absmax.shape, 255.0, tl.float32))
-        bytes = first[:, None] + tl.arange(0, WIDTH // 2)[None]
-        codes = tl.load(codes_ptr + bytes, mask=inside[:, None], other=0)
+        pairs = first[:, None] + tl.arange(0, WIDTH // 2)[None]
+        codes = tl.load(codes_ptr + pairs, mask=inside[:, None], other=0)
         codes = tl.reshape(tl.join(codes >> 4, codes & 15), (codes.shape[0] * WIDTH,))
         return tl.reshape(tl.gather(levels, codes.to(tl.int32), 0), (first.shape[0], WIDTH)) * absmax[:, None]
 
     @triton.jit
     def _nf4_unpack(
-        codes_ptr, absmax_ptr, scale_ptr, levels_ptr, w_ptr, n, n_blocks,
-        DOUBLE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        codes_ptr, absmax_ptr, scale_ptr, w_ptr, n, n_blocks,
+        DOUBLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         blocks = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         w = unpack_tile(
-            codes_ptr, absmax_ptr, scale_ptr, tl.load(levels_ptr + tl.arange(0, 16)),
-            blocks * (BLOCK // 2), blocks, blocks < n_blocks, DOUBLE, GROUP, BLOCK,
+            codes_ptr, absmax_ptr, scale_ptr, all_levels(), blocks * (BLOCK // 2), blocks, blocks < n_blocks,
+            DOUBLE, BLOCK,
         )  # fmt: skip
         places = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None]
         tl.store(w_ptr + places, w.to(w_ptr.dtype.element_ty), mask=places < n)
@@ -229,7 +231,7 @@ if HAS_TRITON:
         if n_blocks:
             with torch.cuda.device_of(weight):
                 _nf4_pack[(triton.cdiv(n_blocks, tile["ROWS"]),)](
-                    weight, table(BETWEEN, weight.device), codes, absmax, len(weight), n_blocks, **tile, **OPTIONS
+                    weight, codes, absmax, len(weight), n_blocks, **tile, **OPTIONS
                 )  # fmt: skip
         return codes, absmax
 
@@ -240,8 +242,8 @@ if HAS_TRITON:
         if n:
             with torch.cuda.device_of(codes):
                 _nf4_unpack[(triton.cdiv(n_blocks, tile["ROWS"]),)](
-                    codes, absmax, absmax if scale is None else scale.contiguous(), table(LEVELS, codes.device), w,
-                    n, n_blocks, DOUBLE=scale is not None, GROUP=GROUP, **tile, **OPTIONS,
+                    codes, absmax, absmax if scale is None else scale.contiguous(), w, n, n_blocks,
+                    DOUBLE=scale is not None, **tile, **OPTIONS,
                 )  # fmt: skip
         return w.to(dtype)
 
@@ -251,12 +253,12 @@ if HAS_TRITON:
         for block_size in (64, ELEMENTS)
         for kind in ("*bf16", "*fp32")
         for kernel, types, constants in (
-            (_nf4_pack, [kind, "*fp32", "*u8", "*fp32", "i32", "i32"], {}),
+            (_nf4_pack, [kind, "*u8", "*fp32", "i32", "i32"], {}),
             *(
                 (
                     _nf4_unpack,
-                    ["*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", kind, "i32", "i32"],
-                    {"DOUBLE": double, "GROUP": GROUP},
+                    ["*u8", "*u8" if double else "*fp32", "*fp32", kind, "i32", "i32"],
+                    {"DOUBLE": double},
                 )
                 for double in (True, False)
             ),

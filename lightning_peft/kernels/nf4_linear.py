@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, runs_triton
-from lightning_peft.kernels.nf4 import GROUP, KERNEL_DTYPES, LEVELS, Packed, check_packed, table, unpack_flat
+from lightning_peft.kernels.nf4 import KERNEL_DTYPES, Packed, check_packed, unpack_flat
 
 FEW = 64  # rows: with fewer, reading the weight takes longer than the product
 PROGRAMS = 512  # enough for every core, where each adds up a part of K
@@ -110,26 +110,26 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from lightning_peft.kernels.nf4 import unpack_tile
+    from lightning_peft.kernels.nf4 import all_levels, unpack_tile
 
     NARROWEST = 32  # part of K that is worth a product
 
     @triton.jit
     def _nf4_linear(
-        x_ptr, codes_ptr, absmax_ptr, scale_ptr, levels_ptr, part_ptr, T, N, K, steps,
-        DOUBLE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+        x_ptr, codes_ptr, absmax_ptr, scale_ptr, part_ptr, T, N, K, steps,
+        DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         # W in the first place: its rows fill the multiplying units, whose other side may be as short as T
         n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # N * K can exceed 32 bits
         part = tl.program_id(1).to(tl.int64)
         t, k = tl.arange(0, BLOCK_T), tl.arange(0, WIDTH)
-        y, levels = tl.zeros((BLOCK_N, BLOCK_T), tl.float32), tl.load(levels_ptr + tl.arange(0, 16))
+        y, levels = tl.zeros((BLOCK_N, BLOCK_T), tl.float32), all_levels()
         first = part * steps * WIDTH
         for start in range(first, tl.minimum(first + steps * WIDTH, K), WIDTH):
             place = tl.multiple_of(n * K + start, WIDTH)
             w = unpack_tile(
-                codes_ptr, absmax_ptr, scale_ptr, levels, place // 2, place // BLOCK, n < N, DOUBLE, GROUP, WIDTH
+                codes_ptr, absmax_ptr, scale_ptr, levels, place // 2, place // BLOCK, n < N, DOUBLE, WIDTH
             )  # fmt: skip
             x = tl.load(x_ptr + t[:, None] * K + start + k[None], mask=t[:, None] < T, other=0.0)
             y = tl.dot(w.to(x.dtype), tl.trans(x), y, input_precision="ieee")
@@ -152,8 +152,8 @@ if HAS_TRITON:
         sums = x.new_empty(parts, T, N, dtype=torch.float32)
         with torch.cuda.device_of(x):
             _nf4_linear[(row_blocks, parts)](
-                x, codes, absmax, scale, table(LEVELS, x.device), sums, T, N, K, steps,
-                DOUBLE=packed.scale is not None, GROUP=GROUP, BLOCK=packed.block_size, **tile, **OPTIONS,
+                x, codes, absmax, scale, sums, T, N, K, steps,
+                DOUBLE=packed.scale is not None, BLOCK=packed.block_size, **tile, **OPTIONS,
             )  # fmt: skip
         y = sums.sum(0)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -162,10 +162,10 @@ if HAS_TRITON:
     VARIANTS = [
         (
             _nf4_linear,
-            [kind, "*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", "*fp32", *["i32"] * 4],
-            {"DOUBLE": double, "GROUP": GROUP, "BLOCK": 64, "BLOCK_N": 64, "BLOCK_T": rows, "WIDTH": width},
+            [kind, "*u8", "*u8" if double else "*fp32", "*fp32", "*fp32", *["i32"] * 4],
+            {"DOUBLE": double, "BLOCK": 64, "BLOCK_N": 64, "BLOCK_T": rows, "WIDTH": width},
             {"num_warps": 4, "num_stages": 4},
         )
-        for kind, width in (("*bf16", 64), ("*fp16", 64), ("*fp32", 32))
+        for kind, width in (("*bf16", 64), ("*bf16", 32), ("*fp16", 64), ("*fp32", 32))
         for rows, double in ((16, True), (32, False), (64, True))
     ]

@@ -205,18 +205,14 @@ def _copy(tensor: Any, source: Tensor, non_blocking: bool = False) -> Any:
     return tensor
 
 
-def _product(x: Any, weight: Any, bias: Any = None) -> Any:
-    if not isinstance(weight, NF4Tensor) or isinstance(x, NF4Tensor) or isinstance(bias, NF4Tensor):
-        return NotImplemented
-    if x.shape[1] != weight.shape[0] or x.dtype != weight.dtype:
-        return NotImplemented  # which PyTorch complains about in its own words
+def _product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, NF4Tensor) or x.shape[1] != weight.shape[0] or x.dtype != weight.dtype:
+        return NotImplemented  # PyTorch has its own words for what does not fit
     return nf4_product(x, weight.packed, weight._stored_shape, bias, transposed=not weight.transposed)
 
 
-def _product_and_sum(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if bias.shape != weight.shape[1:] or bias.dtype != weight.dtype or (beta, alpha) != (1, 1):
-        return NotImplemented
-    return _product(x, weight, bias)
+def _product_and_sum(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return _product(x, weight, bias) if (beta, alpha, bias.dtype) == (1, 1, x.dtype) else NotImplemented
 
 
 def _rebuild(

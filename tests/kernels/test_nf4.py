@@ -31,7 +31,7 @@ THRESHOLDS = [
 ]
 WIDEST = 0.1519  # half of the largest gap between two levels
 
-shapes = pytest.mark.parametrize("shape", [(1,), (63,), (127,), (7, 11), (64, 64), (5, 3, 3, 3), (130, 257)])
+shapes = pytest.mark.parametrize("shape", [(), (63,), (127,), (7, 11), (64, 64), (5, 3, 3, 3), (130, 257)])
 quantised = pytest.mark.parametrize("double_quant", [True, False])
 
 

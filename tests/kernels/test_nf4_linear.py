@@ -113,14 +113,13 @@ def test_parts_may_be_frozen_or_missing(frozen: tuple[str, ...]) -> None:
 
 
 def test_a_weight_may_stand_the_other_way_round() -> None:
-    weight, x, b = torch.randn(7, 64), torch.randn(5, 7, requires_grad=True), torch.randn(64, requires_grad=True)
-    packed = nf4_pack(weight)
-    W = weight_of(packed, (7, 64))
+    packed, (x, bias) = nf4_pack(torch.randn(64, 128)), inputs((5,), 128, 64)
+    weight = weight_of(packed, (64, 128))
     check(
-        lambda x, b: nf4_product(x, packed, (7, 64), b, transposed=True),
-        lambda x, b: torch.addmm(b, x, W.to(x.dtype)),
-        (x, b),
-        torch.randn(5, 64),
+        lambda x, bias: nf4_product(x, packed, (64, 128), bias, transposed=True),
+        lambda x, bias: torch.addmm(bias, x, weight.to(x.dtype)),
+        (x, bias),
+        torch.randn(5, 128),
     )
 
 
