@@ -77,8 +77,9 @@ class PEFT(L.Callback):
         telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
             of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
         calibration_batches: batches of the training data that methods measure their start on, those that do.
-        kernels: ``"auto"`` computes norms, gates and activations of known types by the operations of
-            ``lightning_peft.kernels`` while training, which save less for the backward pass; the last digits differ.
+        kernels: ``"auto"`` computes norms, gates, activations and rotations of known types, and the logits of a wide
+            output head, by the operations of ``lightning_peft.kernels`` while training: they save less for the
+            backward pass, and the last digits differ. ``"off"`` leaves all as the model has it.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.
@@ -98,7 +99,7 @@ class PEFT(L.Callback):
         save: checkpoints.Save = "adapter",
         telemetry: bool = False,
         calibration_batches: int = 8,
-        kernels: Literal["auto", "off"] = "off",
+        kernels: Literal["auto", "off"] = "auto",
     ) -> None:
         if save not in get_args(checkpoints.Save):
             raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")

@@ -1,5 +1,6 @@
 """Fast operations, one file each: the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
 
+from .deferred_logits import deferred_linear as deferred_linear
 from .dora_norm import dora_norm as dora_norm
 from .gates import geglu as geglu
 from .gates import swiglu as swiglu

@@ -7,11 +7,14 @@ product behind a norm) takes the recipe in its place, so that nothing more is sa
 Under ``torch.compile``, whose partitioner decides by itself what is computed again, nothing is left.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 class Recipe:
@@ -58,3 +61,35 @@ def kept(ctx: Any) -> tuple[Tensor, ...]:
     if ctx.recipe is None:
         return saved
     return (*saved[: ctx.n_others], ctx.recipe.output(saved[ctx.n_others :]))
+
+
+class AttentionFollowed(TorchFunctionMode):
+    """While it lasts, what is rearranged from the output of an attention keeps a recipe: attention saves its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+        self.last: Tensor | None = None
+        self.steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.output, self.last, self.steps = y, y, ()
+        elif func in _REARRANGES and args and args[0] is self.last and y is not self.last:
+            rest = args[1:]
+            self.steps, self.last = (*self.steps, lambda t: func(t, *rest, **(kwargs or {}))), y
+            leave(y, functools.partial(_rearranged, self.steps), self.output)
+        return y
+
+
+_REARRANGES = {Tensor.transpose, Tensor.permute, Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.contiguous}
+_REARRANGES |= {torch.transpose, torch.permute, torch.reshape, torch.flatten}
+
+
+def _rearranged(steps: tuple[Callable[[Tensor], Tensor], ...], output: Tensor) -> Tensor:
+    for step in steps:
+        output = step(output)
+    return output
