@@ -43,29 +43,37 @@ def _gemma_norm(self: Any, x: Tensor) -> Tensor:
     return rms_norm(x, self.weight, self.eps, offset=1.0)
 
 
-def _silu_gate(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+def _gate(self: Any, x: Tensor) -> Tensor:
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    activation = _ACTIVATIONS[_name(self.act_fn)]
+    if activation is F.silu:
+        return self.down_proj(swiglu(gate, up))
+    return self.down_proj(geglu(gate, up, approximate="tanh" if activation is _tanh_gelu else "none"))
 
 
-def _gelu_gate(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+def _gelu_half(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    up, gate = self.proj(hidden_states).chunk(2, dim=-1)
+    return geglu(gate, up, approximate="none")
 
 
-def _gelu(self: Any, x: Tensor) -> Tensor:
-    return leave(F.gelu(x), F.gelu, x)
+def _gelu_behind(self: Any, hidden_states: Tensor) -> Tensor:
+    return _recalled(self.proj(hidden_states), _tanh_gelu if self.approximate == "tanh" else F.gelu)
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _gelu_by_tanh(self: Any, x: Tensor) -> Tensor:
-    return leave(_tanh_gelu(x), _tanh_gelu, x)
+def _recalled(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    return leave(activation(x), activation, x)
 
 
-def _gelu_half(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    up, gate = self.proj(hidden_states).chunk(2, dim=-1)
-    return geglu(gate, up, approximate="none")
+def _activation(self: Any, x: Tensor) -> Tensor:
+    return _recalled(x, _ACTIVATIONS[_name(self)])
+
+
+def _gelu(self: Any, x: Tensor) -> Tensor:
+    return _recalled(x, F.gelu if self.approximate == "none" else _tanh_gelu)
 
 
 def _followed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,20 +99,29 @@ def _names(kind: str, *models: str) -> list[str]:
 
 
 _LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_GEMMA_LIKE = ("Gemma", "Gemma2", "Gemma3")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.nn.modules.activation.SiLU": F.silu,
+    "transformers.activations.SiLUActivation": F.silu,
+    "transformers.activations.GELUActivation": F.gelu,
+    "transformers.activations.GELUTanh": _tanh_gelu,
+    # the same formula, spelled out
+    "transformers.activations.NewGELUActivation": _tanh_gelu,
+    "transformers.activations.FastGELUActivation": _tanh_gelu,
+}
 _TYPES: dict[str, Forward] = {
     "torch.nn.modules.normalization.LayerNorm": _layer_norm,
     "timm.layers.norm.LayerNorm": _layer_norm,
     "torch.nn.modules.normalization.RMSNorm": _rms_norm,
     **dict.fromkeys(_names("RMSNorm", *_LLAMA_LIKE), _llama_norm),
-    **dict.fromkeys(_names("RMSNorm", "Gemma"), _gemma_norm),
+    **dict.fromkeys(_names("RMSNorm", *_GEMMA_LIKE), _gemma_norm),
+    **dict.fromkeys(_names("MLP", *_LLAMA_LIKE, *_GEMMA_LIKE), _gate),
+    "torch.nn.modules.activation.GELU": _gelu,
+    **dict.fromkeys(_ACTIVATIONS, _activation),
+    "diffusers.models.activations.GELU": _gelu_behind,
     "diffusers.models.activations.GEGLU": _gelu_half,
-    "transformers.activations.GELUActivation": _gelu,
-    "transformers.activations.PytorchGELUTanh": _gelu_by_tanh,
 }
-_GATED = _names("MLP", *_LLAMA_LIKE, "Gemma")
-
-
-_ROTATED = [f"transformers.models.{m.lower()}.modeling_{m.lower()}" for m in (*_LLAMA_LIKE, "Gemma")]
+_ROTATED = [f"transformers.models.{m.lower()}.modeling_{m.lower()}" for m in (*_LLAMA_LIKE, *_GEMMA_LIKE)]
 
 
 @contextmanager
@@ -129,10 +146,9 @@ def fused(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
-    for module in model.modules():
-        forward = _forward_for(module)
-        if forward is not None:
-            yield module, forward
+    found = [(module, forward) for module in model.modules() if (forward := _forward_for(module)) is not None]
+    in_gates = {id(module.act_fn) for module, forward in found if forward is _gate}
+    yield from ((module, forward) for module, forward in found if id(module) not in in_gates)
     name = output_head(model)
     head: Any = model if name is None else model.get_submodule(name)
     # hooks may want to see logits, and a sharded weight is whole in the forward of its module alone
@@ -143,14 +159,15 @@ def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
 
 
 def _forward_for(module: Any) -> Forward | None:
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    forward = _TYPES.get(name)
-    if forward in (_layer_norm, _rms_norm) and len(module.normalized_shape) > 1:
-        return None
-    if name == "torch.nn.modules.activation.GELU":
-        return _gelu if module.approximate == "none" else _gelu_by_tanh
-    if name in _GATED:
-        return {"silu": _silu_gate, "gelu_pytorch_tanh": _gelu_gate}.get(module.config.hidden_act)
+    forward = _TYPES.get(_name(module))
     if forward is None and "Attention" in type(module).__name__:
         return _followed
-    return forward
+    if forward in (_layer_norm, _rms_norm) and len(module.normalized_shape) > 1:
+        return None
+    if forward is _gate and _name(module.act_fn) not in _ACTIVATIONS:
+        return None
+    return None if getattr(module, "inplace", False) else forward
+
+
+def _name(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -129,7 +129,8 @@ class _Unread(torch.autograd.Function):
             t if t is None else t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)
         ]
         with torch.enable_grad():
-            y = _computed(*leaves, ctx.steps, ctx.turned)
+            x, weight, bias = leaves
+            y = _computed(x, weight, bias, ctx.steps, ctx.turned)
         found = iter(torch.autograd.grad(y, [t for t, w in zip(leaves, wanted, strict=True) if w], dy))
         return *(next(found) if w else None for w in wanted), None, None
 

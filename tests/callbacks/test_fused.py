@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import timm
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -18,6 +19,8 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -89,6 +92,27 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
     return loss.detach(), grads, sum(n for storage, n in saved.items() if storage not in own)
 
 
+def gemma3() -> nn.Module:
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=50, num_key_value_heads=2, head_dim=8, **SMALL))
+
+
+def diffusion_block() -> nn.Module:
+    blocks = [BasicTransformerBlock(32, 2, 16, activation_fn=a) for a in ("geglu", "gelu-approximate", "gelu")]
+    return nn.Sequential(*blocks)
+
+
+MODELS["gemma3"] = (gemma3, tokens, {"Gemma3RMSNorm": 13, "Gemma3MLP": 2})
+MODELS["gpt2"] = (lambda: gpt2(), tokens, {"LayerNorm": 3, "NewGELUActivation": 1, "logits": 1})
+MODELS["diffusion"] = (diffusion_block, lambda: torch.randn(2, 7, 32), {"LayerNorm": 6, "GEGLU": 1, "GELU": 2})
+MODELS["activation"] = (lambda: Plain(nn.SiLU()), lambda: torch.randn(6, 32), {"SiLU": 1})
+MODELS["in place"] = (lambda: Plain(nn.SiLU(inplace=True)), lambda: torch.randn(6, 32), {})
+
+
+class Plain(nn.Sequential):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__(nn.Linear(32, 32), activation, nn.Linear(32, 5))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_the_same_and_saves_less(name: str) -> None:
     torch.manual_seed(0)
@@ -107,7 +131,7 @@ def test_a_step_is_the_same_and_saves_less(name: str) -> None:
     assert fused_grads.keys() == grads.keys()
     for key, value in grads.items():
         torch.testing.assert_close(fused_grads[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-    assert after < 0.9 * before
+    assert after < 0.9 * before or (after == before and not expected)
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert torch.equal(step(model, x)[0], loss)
 
