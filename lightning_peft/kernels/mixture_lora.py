@@ -84,19 +84,19 @@ def _backward(
     dy: Tensor, down: Tensor, up: Tensor, gates: Tensor, h: Tensor, x: Tensor | None, x_dtype: torch.dtype,
     x_trains: bool, up_trains: bool, gates_train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, down, up and gates, empty for what is frozen; that of down is, without x."""
+    """The gradients of x, down, up and gates, empty for what is frozen; x is None if down is."""
     T, (N, ranks) = math.prod(dy.shape[:-1]), up.shape
     rows = dy.reshape(T, N)
     dx, ddown, dup, dgates = dy.new_empty(0, dtype=x_dtype), down.new_empty(0), up.new_empty(0), gates.new_empty(0)
     if up_trains:
-        dup = (rows.T @ _gate(h, gates).view(T, ranks)).contiguous()
+        dup = rows.T @ _gate(h, gates).view(T, ranks)
     if x_trains or gates_train or x is not None:
-        dz = (rows @ up).contiguous().view(h.shape)
+        dz = (rows @ up).view(h.shape)
         dh, dgates = _gate_backward(dz, h, gates) if gates_train else (_gate(dz, gates), dgates)
         if x_trains:
-            dx = (dh @ down).to(x_dtype).contiguous()
+            dx = (dh @ down).to(x_dtype)
         if x is not None:
-            ddown = (dh.view(T, ranks).T @ x.reshape(T, x.shape[-1]).to(down.dtype)).contiguous()
+            ddown = dh.view(T, ranks).T @ x.reshape(T, x.shape[-1]).to(down.dtype)
     return dx, ddown, dup, dgates
 
 

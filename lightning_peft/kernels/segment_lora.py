@@ -125,7 +125,7 @@ def _backward(
     dy: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, order: Tensor, bounds: Tensor, blocks: Tensor,
     h: Tensor, x: Tensor | None, x_dtype: torch.dtype, x_trains: bool, B_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of x, lora_A and lora_B, empty for what is frozen; lora_A is, without x."""
+    """The gradients of x, lora_A and lora_B, empty for what is frozen; x is None if lora_A is."""
     shrink, expand, outer = _steps(dy, lora_A)
     T, K = len(order), lora_A.shape[2]
     rows = dy.reshape(T, dy.shape[-1])
@@ -289,7 +289,7 @@ if HAS_TRITON:
             return {"RANK": r, "TOKENS": TOKENS, "R": min(R, 32), "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}
         return {"RANK": r, "TOKENS": TOKENS, "R": min(R, 64), "BLOCK_C": block, "num_warps": 4, "num_stages": 3}
 
-    def _lying(factor: Tensor) -> tuple[Tensor, bool]:
+    def _stored(factor: Tensor) -> tuple[Tensor, bool]:
         """A factor (n, r, C) without gaps, and whether the rank is last in memory."""
         rank_last = factor.mT.is_contiguous()
         return factor if rank_last else factor.contiguous(), rank_last
@@ -297,7 +297,7 @@ if HAS_TRITON:
     def _launch_shrink(
         x: Tensor, factor: Tensor, scaling: Tensor, order: Tensor, bounds: Tensor, blocks: Tensor
     ) -> Tensor:
-        x, (factor, rank_last), scaling = x.contiguous(), _lying(factor), scaling.contiguous()
+        x, (factor, rank_last), scaling = x.contiguous(), _stored(factor), scaling.contiguous()
         n, r, C = factor.shape
         h, tile = factor.new_empty(len(order), r), _tile(factor.dtype, r, 128)
         if h.numel():
@@ -308,7 +308,7 @@ if HAS_TRITON:
         return h
 
     def _launch_expand(h: Tensor, factor: Tensor, order: Tensor, bounds: Tensor, blocks: Tensor, out: Tensor) -> None:
-        factor, rank_last = _lying(factor)
+        factor, rank_last = _stored(factor)
         n, r, C = factor.shape
         tile = _tile(h.dtype, r, 128)
         if out.numel():

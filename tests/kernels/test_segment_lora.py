@@ -156,6 +156,11 @@ def test_a_wrong_index_gives_nan_in_its_row_alone_where_nobody_can_look() -> Non
         torch.testing.assert_close(mine, theirs)
 
 
+def test_the_plan_reads_no_value_so_that_nobody_waits_for_the_accelerator() -> None:
+    order, bounds, blocks = _plan(torch.empty(5, 20, dtype=torch.int64, device="meta"), 3)  # there are none
+    assert (order.shape, bounds.shape, blocks.shape) == ((100,), (6,), (100 // TOKENS + 5, 3))
+
+
 def test_what_is_kept_for_backward() -> None:
     x, A, B, index, scaling = made((50,), 32, 7, 3, 2)
     kept: list[Tensor] = []
