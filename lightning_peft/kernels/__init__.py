@@ -9,9 +9,11 @@ from .layer_norm import modulated_layer_norm as modulated_layer_norm
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .lora_linear import lora_linear as lora_linear
 from .lora_linear import lora_product as lora_product
+from .mixture_lora import mixture_lora as mixture_lora
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .scale_shift import scale_shift as scale_shift
+from .segment_lora import segment_lora as segment_lora
 from .sparse_grad import linear_with_columns as linear_with_columns
 from .sparse_grad import linear_with_entries as linear_with_entries
 from .sparse_grad import linear_with_rows as linear_with_rows

@@ -43,10 +43,10 @@ def leave(output: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -
     return output
 
 
-def keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
+def keep(ctx: Any, x: Tensor | None, *others: Tensor | None) -> None:
     """Save ``others``, and ``x`` or what it is made from; `kept` brings them back."""
     recipe = getattr(x, "recipe", None)
-    if recipe is None or recipe.version != x._version:  # it was changed in place since
+    if x is None or recipe is None or recipe.version != x._version:  # it was changed in place since
         ctx.recipe = None
         ctx.save_for_backward(*others, x)
         return
@@ -55,7 +55,7 @@ def keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
     ctx.save_for_backward(*others, *recipe.inputs)
 
 
-def kept(ctx: Any) -> tuple[Tensor, ...]:
+def kept(ctx: Any) -> tuple[Any, ...]:
     """What `keep` saved: the others, then ``x``."""
     saved = ctx.saved_tensors  # once: a checkpoint computes again for each time that it is asked
     if ctx.recipe is None:
