@@ -10,6 +10,9 @@ from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .lora_linear import lora_linear as lora_linear
 from .lora_linear import lora_product as lora_product
 from .mixture_lora import mixture_lora as mixture_lora
+from .nf4 import nf4_pack as nf4_pack
+from .nf4 import nf4_unpack as nf4_unpack
+from .nf4_linear import nf4_linear as nf4_linear
 from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .scale_shift import scale_shift as scale_shift

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_peft.engine import AdapterError
 from lightning_peft.kernels.nf4 import Packed, nf4_pack, nf4_unpack
+from lightning_peft.kernels.nf4_linear import nf4_product
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ class NF4Tensor(Tensor):
     @property
     def block_size(self) -> int:
         """Weights that share an absmax."""
-        return 2 * len(self.codes) // max(len(self.absmax), 1)
+        return self.packed.block_size
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -127,12 +128,13 @@ class NF4Tensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kept = _KEPT.get(func)
-        if kept is not None:
-            result = kept(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        # in inference mode what is made of other operations arrives as a whole: F.linear, a cast
+        for take in (_KEPT.get(func), func.decompose):
+            result = NotImplemented if take is None else take(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return _unpacked_call(func, args, kwargs or {})
+        return _unpacked_call(func, args, kwargs)
 
 
 def refuse_packed(model: nn.Module, who: str) -> None:
@@ -203,6 +205,20 @@ def _copy(tensor: Any, source: Tensor, non_blocking: bool = False) -> Any:
     return tensor
 
 
+def _product(x: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, NF4Tensor) or isinstance(x, NF4Tensor) or isinstance(bias, NF4Tensor):
+        return NotImplemented
+    if x.shape[1] != weight.shape[0] or x.dtype != weight.dtype:
+        return NotImplemented  # which PyTorch complains about in its own words
+    return nf4_product(x, weight.packed, weight._stored_shape, bias, transposed=not weight.transposed)
+
+
+def _product_and_sum(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if bias.shape != weight.shape[1:] or bias.dtype != weight.dtype or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return _product(x, weight, bias)
+
+
 def _rebuild(
     codes: Tensor,
     absmax: Tensor,
@@ -228,4 +244,6 @@ _KEPT: dict[Any, Callable[..., Any]] = {
     aten.t.default: _t,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
+    aten.mm.default: _product,
+    aten.addmm.default: _product_and_sum,
 }

@@ -61,14 +61,25 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "embedding": lambda w: F.embedding(torch.tensor([3, 0]), w),
     "where": lambda w: torch.where(w > 0, w, torch.zeros(())),
     "self": lambda w: w.transpose(0, 0) * w.permute(0, 1),
+    "addmm with factors": lambda w: torch.addmm(torch.ones(7), torch.ones(3, 11), w, beta=2, alpha=3),
+    "addmm with a matrix": lambda w: torch.addmm(torch.ones(3, 1), torch.ones(3, 11), w),
+    "addmm on the left": lambda w: torch.addmm(torch.ones(2), w, torch.ones(7, 2)),
+    "mm on the left": lambda w: w @ torch.ones(7, 2),
+    "a batch": lambda w: torch.ones(2, 3, 11).transpose(0, 1) @ w,
+    "cast": lambda w: w.half() + 1,
 }
+modes = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 
 
+@modes
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-def test_any_operation_sees_the_unpacked_weight(operation: Callable[[Tensor], Tensor], weight: Tensor) -> None:
-    found = operation(NF4Tensor.pack(weight))
-    assert type(found) is Tensor
-    assert torch.equal(found, operation(plain(weight)))
+def test_any_operation_sees_the_unpacked_weight(
+    operation: Callable[[Tensor], Tensor], mode: Callable[[], Any], weight: Tensor
+) -> None:
+    with mode():
+        found = operation(NF4Tensor.pack(weight))
+        assert type(found) is Tensor
+        assert torch.equal(found, operation(plain(weight)))
 
 
 def products() -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...]]]:
@@ -104,6 +115,34 @@ def test_no_product_keeps_the_unpacked_weight_for_its_backward(name: str) -> Non
     large = [t for t in saved if t.numel() == packed.numel()]
     assert large, "the backward needs the weight"
     assert all(isinstance(t, NF4Tensor) for t in large)
+
+
+@modes
+@pytest.mark.parametrize("name", ["linear", "linear with a bias", "linear of a vector", "matmul", "addmm"])
+def test_a_product_reads_the_codes(name: str, mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    product, given, shape = products()[name]
+    weight, x = torch.randn(shape), torch.randn(given, requires_grad=True)
+    packed = NF4Tensor.pack(weight)
+    monkeypatch.delattr(NF4Tensor, "unpacked")  # which any other operation calls
+    with mode():
+        found = product(x, packed)
+        assert torch.equal(found, product(x, plain(weight)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(product(x, packed), product(x, plain(weight)))
+    if found.requires_grad:
+        found.sum().backward()
+
+
+@modes
+def test_a_product_that_does_not_fit_is_refused_as_ever(mode: Callable[[], Any], weight: Tensor) -> None:
+    packed = NF4Tensor.pack(weight)
+    with mode():
+        with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(3x5 and 7x11\)"):
+            F.linear(torch.randn(3, 5), packed)
+        with pytest.raises(RuntimeError, match="the same dtype"):
+            F.linear(torch.randn(3, 7).double(), packed)
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.linear(torch.randn(3, 7), packed, torch.randn(11).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
