@@ -17,9 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_peft.kernels import linear_cross_entropy
 from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
 
-module = importlib.import_module("lightning_peft.kernels.linear_cross_entropy")
-if INTERPRETED:  # several programs per row, and several blocks in each
-    module.BLOCK, module.N_BLOCKS = 8, 2
+module, in_rows, in_products = (
+    importlib.import_module(f"lightning_peft.kernels.linear_cross_entropy{part}") for part in ("", "_rows", "_cut")
+)
+if INTERPRETED:  # several programs on each axis, several blocks in each, and none that divides a size
+    in_rows.BLOCK, in_rows.N_BLOCKS = 8, 2
+    in_products.PROGRAMS = 6
+    in_products._blocks = lambda dtype: {"BLOCK_T": 4, "BLOCK_V": 8, "BLOCK_D": 8}
 twin_only = pytest.mark.skipif(INTERPRETED, reason="of the twin, or of what both share")
 
 
@@ -28,8 +32,8 @@ def tiled(mode: str, V: int, size: int = 4) -> Iterator[None]:
     """As if memory were short: five rows of logits at a time, or five rows of a third of the vocabulary."""
     set_to = {
         "whole": {},
-        "chunked": {"FEWEST_ROWS": 1, "LOGITS_BUDGET": 5 * V * size},
-        "cut": {"FEWEST_ROWS": 10**9, "CUT_ROWS": 5, "LOGITS_BUDGET": 5 * (V // 3 + 1) * size},
+        "chunked": {"FEWEST_ROWS": 1, "LEAST_TILE": 1, "LOGITS_BUDGET": 5 * V * size},
+        "cut": {"FEWEST_ROWS": 10**9, "CUT_ROWS": 5, "LEAST_TILE": 1, "LOGITS_BUDGET": 5 * (V // 3 + 1) * size},
     }[mode]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in set_to.items():
@@ -177,7 +181,7 @@ def test_ignored_rows_get_nothing(mode: str) -> None:
 
 @twin_only
 def test_rows_of_a_tile_can_be_read_in_wide_words() -> None:
-    tile = module._Tiles(torch.randn(3, 4).half(), torch.randn(37, 4).half(), 2, 37).make(slice(1, 3), slice(5, 30))
+    tile = module._Tiles(torch.randn(3, 4).half(), torch.randn(37, 4).half(), 2, 0).make(slice(1, 3), slice(5, 30))
     assert tile.shape == (2, 25)
     assert tile.stride() == (48, 1)
 
@@ -326,7 +330,8 @@ def test_products_for_what_is_frozen_are_left_out(trained: str, forward: int, ba
     def products(function: Any) -> tuple[int, Any]:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             result = function()
-        return sum(event.name == "aten::mm" for event in profiled.events()), result  # type: ignore[union-attr]
+        names = [event.name for event in profiled.events()]  # type: ignore[union-attr]
+        return names.count("aten::mm") + names.count("aten::addmm_"), result
 
     made, loss = products(lambda: linear_cross_entropy(x, weight, labels))
     assert made == forward
@@ -342,14 +347,15 @@ def test_products_for_what_is_frozen_are_left_out(trained: str, forward: int, ba
 def test_nothing_waits_for_the_accelerator(head_trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(module, "runs_triton", lambda x: False)
+    monkeypatch.setattr(in_rows, "runs_triton", lambda x: False)
     with FakeTensorMode():  # reading a number from one of its tensors is an error
         x, labels = torch.randn(6, 4, device="cuda"), torch.randint(9, (6,), device="cuda")
         weight, bias = torch.randn(9, 4, device="cuda"), torch.randn(9, device="cuda")
         with tiled("chunked", 9):
-            rows = module._forward._init_fn(x, weight, bias, labels, -100, 0.1, 4.0, 0.1, not head_trains)
+            options = (-100, 0.1, 4.0, 0.1, module.LOGITS_BUDGET)
+            rows = module._forward._init_fn(x, weight, bias, labels, *options, not head_trains)
             module._backward._init_fn(
-                rows[0], x, weight, bias, labels, *rows[1:3], -100, 0.1, 4.0, 0.1, True, head_trains, head_trains
+                rows[0], x, weight, bias, labels, *rows[1:3], *options, True, head_trains, head_trains
             )
         assert linear_cross_entropy(x, weight, labels, num_items=torch.ones((), device="cuda")).shape == ()
 
@@ -384,11 +390,11 @@ def test_compiled_is_the_same(ignored: float, head_trains: bool) -> None:
 def test_the_operation_is_well_behaved() -> None:
     for head_trains in (False, True):
         x, weight, bias, labels = batch((5, 3), 7, head_trains=head_trains)
-        rest = (-100, 0.1, 5.0, 0.1, not head_trains)
+        rest = (-100, 0.1, 5.0, 0.1, module.LOGITS_BUDGET, not head_trains)
         torch.library.opcheck(module._forward, (x, weight, bias, labels, *rest))
         torch.library.opcheck(
             module._forward,
-            (x.detach()[:, :1].T, weight.detach()[:, :1].expand(7, 5), None, labels[:1], *rest[:4], False),
+            (x.detach()[:, :1].T, weight.detach()[:, :1].expand(7, 5), None, labels[:1], *rest[:5], False),
         )
         inputs = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
         for mode in MODES:
