@@ -119,24 +119,25 @@ if HAS_TRITON:
         inside = (rows[:, None] < T) & (v[None] < columns - first_column)
         tl.store(tile, gradient.to(tile_ptr.dtype.element_ty), mask=inside)
 
-    def _blocks(dtype: torch.dtype) -> dict[str, int]:
+    def _blocks(dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+        """Sizes that are known to fit into registers, and how they are run."""
         if dtype == torch.float32:
-            return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
-        return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+            return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 2}
+        return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}, {"num_warps": 8, "num_stages": 3}
 
     def measure(
         x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, target: Tensor, loss: Loss
     ) -> Tensor:  # (3, parts, T)
         """The states of each row; writes the logits of labels into ``target``."""
-        (T, D), V, block = x.shape, weight.shape[0], _blocks(x.dtype)
-        row_blocks, blocks = triton.cdiv(T, block["BLOCK_T"]), triton.cdiv(V, block["BLOCK_V"])
+        (T, D), V, (sizes, options) = x.shape, weight.shape[0], _blocks(x.dtype)
+        row_blocks, blocks = triton.cdiv(T, sizes["BLOCK_T"]), triton.cdiv(V, sizes["BLOCK_V"])
         in_part = triton.cdiv(blocks, max(PROGRAMS // max(row_blocks, 1), 1))
         parts = x.new_empty(3, triton.cdiv(blocks, in_part), T, dtype=torch.float32)
         with torch.cuda.device_of(x):
             _lce_measure_products[(parts.shape[1], row_blocks)](
                 x, weight, x if bias is None else bias, labels, target, parts, T, V, D, *weight.stride(), in_part,
                 loss.ignore_index, loss.softcap or 1.0, HAS_BIAS=bias is not None, HAS_CAP=loss.softcap is not None,
-                SMOOTHED=loss.label_smoothing > 0, **block, **OPTIONS,
+                SMOOTHED=loss.label_smoothing > 0, **sizes, **options, **OPTIONS,
             )  # fmt: skip
         return parts
 
@@ -145,30 +146,26 @@ if HAS_TRITON:
         shift: Tensor, log_sum: Tensor, upstream: Tensor, V: int, loss: Loss,
     ) -> None:  # fmt: skip
         """Writes ``upstream`` times G into a tile: of rows ``x``, and of ``weight``, whose first row is ``first``."""
-        (rows, columns), D, block = tile.shape, x.shape[1], _blocks(x.dtype)
+        (rows, columns), D, (sizes, options) = tile.shape, x.shape[1], _blocks(x.dtype)
+        grid = triton.cdiv(rows, sizes["BLOCK_T"]), triton.cdiv(columns, sizes["BLOCK_V"])
         with torch.cuda.device_of(x):
-            _lce_differentiate_products[(triton.cdiv(rows, block["BLOCK_T"]), triton.cdiv(columns, block["BLOCK_V"]))](
+            _lce_differentiate_products[grid](
                 x, weight, x if bias is None else bias, labels, shift, log_sum, upstream, tile, rows, columns, D,
                 *weight.stride(), tile.stride(0), first, V, loss.ignore_index, loss.label_smoothing,
                 loss.softcap or 1.0, loss.z_loss, HAS_BIAS=bias is not None, HAS_CAP=loss.softcap is not None,
-                **block, **OPTIONS,
+                **sizes, **options, **OPTIONS,
             )  # fmt: skip
 
     # what is compiled ahead of time in the tests: kernel, types of its arguments, constants
     VARIANTS = [
-        (
-            kernel,
-            [f"*{name}"] * 3 + types,
-            {
-                **constants,
-                "HAS_BIAS": full,
-                "HAS_CAP": full,
-                **{k: v for k, v in _blocks(dtype).items() if k.isupper()},
-            },
-            {k: v for k, v in _blocks(dtype).items() if k.islower()},
+        (kernel, [f"*{name}"] * 3 + types, {**constants, "HAS_BIAS": full, "HAS_CAP": full, **sizes}, options)
+        for name, dtype, full in (
+            ("bf16", torch.bfloat16, False),
+            ("bf16", torch.bfloat16, True),
+            ("fp16", torch.float16, True),
+            ("fp32", torch.float32, True),
         )
-        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
-        for full in (False, True)
+        for sizes, options in [_blocks(dtype)]
         for kernel, types, constants in (
             (
                 _lce_measure_products,
