@@ -69,11 +69,11 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over rows that are not ignored, ``"sum"``, or ``"none"`` for one loss per row.
         num_items: what ``"mean"`` divides by in place of the number of rows here that are not ignored: a number, or a
             tensor with one, for gradients that are accumulated over batches or devices.
-        budget: bytes of logits that may exist at a time, by default 256 MiB. Room for 256 rows of them: the loss is
-            *chunked*, and forward and backward of a frozen head take 4 T V D operations. Less: it is *cut* into slices
-            of the vocabulary, which takes 6 T V D, and beside the gradient of ``x`` no more than a tile of 4 MiB (8 MiB
-            in float32; larger if the budget is) and the sum of 512 rows in float32. 0 asks for that. A head that trains
-            takes 8 T V D in both, and its tile has all rows.
+        budget: bytes of logits that may exist at a time; None for 256 MiB. With room for 256 rows of them the loss is
+            *chunked*: forward and backward of a frozen head take 4 T V D operations. With less it is *cut* into slices
+            of the vocabulary: 6 T V D operations, and beside the gradient of ``x`` only a tile of logits (the budget,
+            or 4 MiB if that is more, 8 MiB in float32) and 512 rows in float32. 0 asks for that. A head that trains
+            takes 8 T V D in both, and a gradient of ``x`` in float32.
 
     Returns:
         In float32 (float64 for float64): (...) for ``"none"``, else a scalar; the mean of no rows at all is 0.
@@ -273,20 +273,20 @@ def _backward(
     tiles = _Tiles(x, weight, T if weight_trains or bias_trains else CUT_ROWS, budget)
     sums = x.new_empty(tiles.rows if x_trains else 0, D, dtype=wide)
     for rows in _pieces(T, tiles.rows):
-        per_row = labels[rows], shift[rows], log_sum[rows], upstream[rows]
+        x_rows, per_row = x[rows], (labels[rows], shift[rows], log_sum[rows], upstream[rows])
         total = sums[: rows.stop - rows.start].zero_()
         for columns in _pieces(V, tiles.columns):
             c, b = weight[columns], _of(bias, columns)
             if in_one_step:
                 tile = tiles.at(rows, columns)
-                cut.differentiate(tile, x[rows], c, b, columns.start, *per_row, V, loss)
+                cut.differentiate(tile, x_rows, c, b, columns.start, *per_row, V, loss)
             else:
                 tile = tiles.make(rows, columns)
                 differentiate(tile, b, columns.start, *per_row, V, loss)
             if x_trains:
                 _add_product(total, tile, c)
             if weight_trains:
-                torch.mm(tile.t(), x[rows], out=dw[columns])
+                torch.mm(tile.t(), x_rows, out=dw[columns])
             if bias_trains:
                 db[columns] = tile.sum(0, dtype=wide)
         if x_trains:
@@ -306,7 +306,7 @@ def _(
 
 
 def _add_product(total: Tensor, tile: Tensor, weight: Tensor) -> None:
-    """Adds ``tile @ weight`` to ``total``, rounding nothing on the way if the device knows how to."""
+    """Adds ``tile @ weight`` to ``total``, without rounding the product if the device can do so."""
     if total.dtype == tile.dtype:
         total.addmm_(tile, weight)
     elif _adds_in_float32(tile):
@@ -316,7 +316,7 @@ def _add_product(total: Tensor, tile: Tensor, weight: Tensor) -> None:
 
 
 def _adds_in_float32(x: Tensor) -> bool:
-    """Whether products of 16 bits may have a sum in float32: in cuBLAS, unless it is told to do otherwise."""
+    """Whether a product of 16-bit numbers can be added to a sum in float32: by cuBLAS, if it is left as it is."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return not (torch.backends.cuda.matmul.allow_fp16_accumulation or torch.cuda.tunable.is_enabled())
