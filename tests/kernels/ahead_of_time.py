@@ -21,11 +21,12 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 
 class Built(NamedTuple):
-    """What came out: spilled bytes, shared memory in bytes, and the assembly."""
+    """What came out: spilled bytes, shared memory in bytes, the assembly, and rows and dtype of each matrix product."""
 
     spills: int
     shared: int
     assembly: str
+    products: list[tuple[int, str]]
 
 
 def build(
@@ -51,11 +52,20 @@ def build(
         },
     )
     built = triton.compile(source, target=TARGETS[target], options={**options, **OPTIONS})
+    products = _products(built.asm["ttir"])
     if target == "gfx942":
         text = built.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
-        return Built(spills, built.metadata.shared, text)
-    return Built(_spills(built.asm["ptx"], target), built.metadata.shared, built.asm["ptx"])
+        return Built(spills, built.metadata.shared, text, products)
+    return Built(_spills(built.asm["ptx"], target), built.metadata.shared, built.asm["ptx"], products)
+
+
+def _products(ttir: str) -> list[tuple[int, str]]:
+    """Of the left factor of each product, as in ``tt.dot %a, %b, %c : tensor<128x64xbf16> * tensor<64x128xbf16>``."""
+    found = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)>", ttir)
+    if len(found) != ttir.count("tt.dot "):
+        raise ValueError(f"not all products can be read: {found}")
+    return [(int(rows), dtype) for rows, dtype in found]
 
 
 def _spills(ptx: str, target: str) -> int:
