@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -20,11 +21,8 @@ from torch.utils.data import DataLoader, default_collate
 Attention = Literal["mask", "positions", "varlen"]
 Split = Literal["train", "val", "test"]
 
-_HOOKS = [
-    *("prepare_data", "setup", "teardown", "on_exception", "state_dict", "load_state_dict"),
-    *("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"),
-    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
-]
+# what a Trainer may call on a datamodule
+_HOOKS = [*(n for n in vars(DataHooks) if not n.startswith("_")), "on_exception", "state_dict", "load_state_dict"]
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -92,8 +90,8 @@ class PackingCollate:
       shorter than a document look past it. The mask of a long row is large (64 MB for 4096 tokens).
     - ``"positions"``: nothing but ``position_ids``, from which the model makes the mask that its attention needs,
       sliding windows included; ``use_cache`` is False, as transformers looks at them only then. For eager, SDPA and
-      flex attention. Older architectures that do not pass positions on to their mask mix the documents up, without
-      an error: OPT, BLOOM, MPT and GPT-OSS are among them.
+      flex attention. Architectures that do not pass positions on to their mask mix the documents up, without an
+      error: OPT, BLOOM, MPT and GPT-OSS in transformers 5.24.
     - ``"varlen"``: all documents in one row, one behind the other, without padding, with ``cu_seq_lens_q``,
       ``cu_seq_lens_k`` (int32), ``max_length_q`` and ``max_length_k``. For flash attention.
 
@@ -220,7 +218,7 @@ class PackedData(L.LightningDataModule):
         loaders: which of ``"train"``, ``"val"`` and ``"test"`` are packed.
 
     Raises:
-        ValueError: ``attention`` is none of these, or ``datamodule`` does not define one of ``loaders``.
+        ValueError: ``attention`` is none of these, or ``loaders`` is empty or names one that ``datamodule`` lacks.
         TypeError: what is to be packed is not a ``DataLoader`` that makes batches, or a list or mapping of them.
     """
 
@@ -236,13 +234,14 @@ class PackedData(L.LightningDataModule):
     ) -> None:
         self.datamodule = datamodule
         super().__init__()
-        self.prepare_data_per_node = datamodule.prepare_data_per_node
+        for flag in ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"):
+            setattr(self, flag, getattr(datamodule, flag))
         self.collate = PackingCollate(max_length, pad_token_id, ignore_index, attention)
         defined = [split for split in get_args(Split) if is_overridden(f"{split}_dataloader", datamodule)]
-        if missing := [split for split in loaders if split not in defined]:
+        if not loaders or not set(loaders) <= set(defined):
             raise ValueError(
-                f"PackedData: {type(datamodule).__name__} has no {missing[0]}_dataloader to pack. "
-                f"Choose loaders from {defined}."
+                f"PackedData: loaders must name some of {defined}, which {type(datamodule).__name__} defines, "
+                f"got {loaders!r}."
             )
         # Lightning asks which hooks are overridden: those that the datamodule overrides, and no others
         for hook in _HOOKS:
@@ -252,12 +251,12 @@ class PackedData(L.LightningDataModule):
             setattr(self, hook, partial(self._from, getattr(datamodule, hook)))
 
     @property
-    def trainer(self) -> L.Trainer | None:
+    def trainer(self) -> "L.Trainer | None":
         """That of the datamodule."""
         return self.datamodule.trainer
 
     @trainer.setter
-    def trainer(self, trainer: L.Trainer | None) -> None:
+    def trainer(self, trainer: "L.Trainer | None") -> None:
         self.datamodule.trainer = trainer
 
     def _from(self, make: Callable[[], Any]) -> Any:
