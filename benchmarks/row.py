@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """What was measured, ours and what it is compared with, in ``unit`` (s, us, bytes or lines), and the goal."""
+    """What was measured, ours and what it is compared with, in ``unit`` (s, us, bytes, lines, tokens), and the goal."""
 
     what: str
     ours: float
@@ -17,7 +17,8 @@ class Row(NamedTuple):
 
     def shown(self, value: float) -> str:
         """The value with its unit."""
-        return f"{value:,.0f} {self.unit}" if self.unit in ("bytes", "us", "lines") else f"{value:.3f} {self.unit}"
+        whole = self.unit in ("bytes", "us", "lines", "tokens")
+        return f"{value:,.0f} {self.unit}" if whole else f"{value:.3f} {self.unit}"
 
 
 def alternate(*functions: Callable[[], object], rounds: int, repeats: int) -> list[float]:

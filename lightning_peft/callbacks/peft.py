@@ -149,6 +149,7 @@ class PEFT(L.Callback):
         self._to_load = None if trained_already else self.init_from
         self._inject(pl_module, last=False)
         if stage == "fit":
+            self._place.setup(trainer)
             within(pl_module, "configure_optimizers", lambda module: groups_split(ratios(adapted_root(module))))
             # around the step itself, so that it holds in the runs of a tuner too, which calls no callback
             within(pl_module, "training_step", inputs_require_grad, once=lambda module: False)
@@ -192,7 +193,6 @@ class PEFT(L.Callback):
             stepped = optimizer.register_step_post_hook(told)
             self._while_training.enter_context(stepped)
         self._told = None
-        self._place.on_fit_start()
         self._stepped.clear()
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -212,7 +212,7 @@ class PEFT(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
-        self._place.on_train_epoch_start()
+        self._place.on_train_epoch_start(trainer)
         self._set_modes(adapted_root(pl_module))
 
     def _set_modes(self, root: nn.Module) -> None:
