@@ -1,9 +1,12 @@
-"""One line of the result, and the way to time two things fairly."""
+"""One line of the result, and the ways to measure two things fairly."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Row(NamedTuple):
@@ -31,3 +34,18 @@ def alternate(*functions: Callable[[], object], rounds: int, repeats: int) -> li
                 function()
             measured.append((time.perf_counter() - start) / repeats)
     return [statistics.median(measured) for measured in times]
+
+
+def saved_bytes(compute: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """What ``compute`` saves for its backward pass, each storage once, less the storages of ``own``."""
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = compute()  # alive until all is counted: a storage that is freed may be used again
+    beside = {t.untyped_storage().data_ptr() for t in own}
+    del output
+    return sum(n for storage, n in found.items() if storage not in beside)
