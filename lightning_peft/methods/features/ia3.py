@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, matches, register
-from lightning_peft.kernels import scale_shift
+from lightning_peft.kernels.scale_shift import scale_shift
 
 # customary names of key, value (or fused query-key-value) projections, and of second feed-forward layers
 _KEYS_VALUES = r".*\b(k|v|k_proj|v_proj|to_k|to_v|key|value|qkv|c_attn|query_key_value|in_proj_weight)"

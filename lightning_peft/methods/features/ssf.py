@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
 from lightning_peft.engine.limits import NonNegative
-from lightning_peft.kernels import scale_shift
+from lightning_peft.kernels.scale_shift import scale_shift
 
 
 class ScaleShift(Adapter):
