@@ -31,6 +31,8 @@ from lightning_peft.kernels.linear_cross_entropy_rows import Loss, runs_kernels,
 LOGITS_BUDGET = 256 * 2**20
 # a product with fewer rows takes longer to read the head than to compute; tiles of whole rows have multiples of it
 FEWEST_ROWS = 256
+# more of them on a CPU fall out of its caches
+CPU_ROWS = 256
 # rows of a tile that holds a slice of the vocabulary: few, for the float32 sum of dx is as long
 CUT_ROWS = 512
 # numbers in a tile: fewer keep an accelerator busy for less time than it takes to ask for the next one
@@ -169,7 +171,8 @@ def _check_options(
 
 def _whole_rows(x: Tensor, weight: Tensor, budget: int) -> int:
     """How many rows of logits fit into the budget; 0 if too few to be worth it."""
-    return budget // (weight.shape[0] * x.element_size()) // FEWEST_ROWS * FEWEST_ROWS
+    rows = budget // (weight.shape[0] * x.element_size()) // FEWEST_ROWS * FEWEST_ROWS
+    return min(rows, CPU_ROWS) if x.device.type == "cpu" else rows
 
 
 def _unit(x: Tensor) -> float:
