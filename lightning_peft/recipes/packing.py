@@ -243,10 +243,9 @@ class PackedData(L.LightningDataModule):
                 f"PackedData: loaders must name some of {defined}, which {type(datamodule).__name__} defines, "
                 f"got {loaders!r}."
             )
-        # Lightning asks which hooks are overridden: those that the datamodule overrides, and no others
+        # on the instance: Lightning asks which are overridden, and that must be those of the datamodule
         for hook in _HOOKS:
-            if is_overridden(hook, datamodule):
-                setattr(self, hook, getattr(datamodule, hook))
+            setattr(self, hook, getattr(datamodule, hook))
         for hook in [f"{split}_dataloader" for split in loaders]:
             setattr(self, hook, partial(self._from, getattr(datamodule, hook)))
 

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -51,7 +52,8 @@ def run(
     defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     peft = PEFT(method, summary=False)
     made = trainer(folder, peft, *callbacks, **{**defaults, **options}, enable_checkpointing=bool(callbacks))
-    made.fit(module, shuffled() if data is None else data, loader(), **resume)
+    data = shuffled() if data is None and not is_overridden("train_dataloader", module) else data
+    made.fit(module, data, loader(), **resume)
     return module
 
 
@@ -183,6 +185,21 @@ def test_a_loader_with_a_generator_of_its_own_goes_on_where_it_was(workers: int,
     through = run_it(every_batch(tmp_path), data=data())
     for k in (1, 3, 4):  # in the first epoch, at its end, and in the second
         assert_equal(run_it(data=data(), ckpt_path=tmp_path / f"step={k}.ckpt"), through)
+
+
+class Reloading(Scheduled):
+    """Makes a loader for each epoch, with a generator of its own."""
+
+    def train_dataloader(self) -> DataLoader:
+        generator = torch.Generator().manual_seed(7 + self.current_epoch)
+        return DataLoader(loader().dataset, batch_size=8, shuffle=True, generator=generator)
+
+
+def test_loaders_that_are_made_for_each_epoch_go_on_where_they_were(tmp_path: Path) -> None:
+    run_it = functools.partial(run, tmp_path, LoRA(r=2), cls=Reloading, reload_dataloaders_every_n_epochs=1)
+    through = run_it(every_batch(tmp_path))
+    for k in (1, 4):
+        assert_equal(run_it(ckpt_path=tmp_path / f"step={k}.ckpt"), through)
 
 
 class Estimating(Scheduled):

@@ -224,6 +224,7 @@ def test_a_collate_function_may_make_several_documents_of_a_sample() -> None:
         ([{"tokens": [1]}], r"a sample has \['tokens'\]"),
         (["text"], "input_ids of a sample must be integers, got str"),
         ([[0.5]], r"input_ids of a sample must be integers \(tokens,\), got torch.float32 \(1,\)"),
+        ([[[[1, 2]]]], r"got torch.int64 \(1, 1, 2\)"),
         ([{"input_ids": [1, 2], "labels": [1]}], r"\(1, 2\) input_ids, \(1, 1\) labels"),
     ],
 )

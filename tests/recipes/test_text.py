@@ -147,7 +147,7 @@ def test_long_functions_lose_their_end_and_splits_have_the_asked_sizes():
 
 
 def test_functions_come_padded_to_the_longest_of_a_batch():
-    data = SourceFunctionsData(package="json", batch_size=3, max_length=300)
+    data = SourceFunctionsData(package="json", batch_size=3, max_length=20_000)
     data.setup()
     batch = next(iter(data.val_dataloader()))
     rows = [row["input_ids"] for row in data.splits["val"]][:3]
