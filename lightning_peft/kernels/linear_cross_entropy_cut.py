@@ -122,7 +122,7 @@ if HAS_TRITON:
     def _blocks(dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
         """Sizes that are known to fit into registers, and how they are run."""
         if dtype == torch.float32:
-            return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 2}
+            return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 3}
         return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_D": 64}, {"num_warps": 8, "num_stages": 3}
 
     def measure(

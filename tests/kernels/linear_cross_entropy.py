@@ -21,6 +21,7 @@ if INTERPRETED:  # several programs on each axis, several blocks in each, and no
     in_products.PROGRAMS = 6
     in_products._blocks = lambda dtype: ({"BLOCK_T": 4, "BLOCK_V": 8, "BLOCK_D": 8}, {})
 twin_only = pytest.mark.skipif(INTERPRETED, reason="of the twin, or of what both share")
+kernels_only = pytest.mark.skipif(not INTERPRETED, reason="of the kernels")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.kernels import linear_cross_entropy
-from tests.kernels.linear_cross_entropy import MODES, batch, compare, every_mode, module, plain, tiled, twin_only
+from tests.kernels.linear_cross_entropy import (
+    MODES,
+    batch,
+    compare,
+    every_mode,
+    in_products,
+    in_rows,
+    kernels_only,
+    module,
+    plain,
+    tiled,
+    twin_only,
+)
 from tests.kernels.rule import INTERPRETED, every_dtype, upstreams
 
 OPTIONS = {
@@ -60,7 +72,7 @@ def test_only_what_trains_gets_a_gradient(trained: str, mode: str) -> None:
 
 @every_mode
 def test_inputs_with_gaps(mode: str) -> None:
-    x, weight, bias = torch.randn(6, 10)[:, ::2].requires_grad_(), torch.randn(5, 7).T, torch.randn(14)[::2]
+    x, weight, bias = torch.randn(6, 22)[:, ::2].requires_grad_(), torch.randn(11, 7).T, torch.randn(14)[::2]
     with tiled(mode, 7):
         compare((x, weight, bias, torch.randint(7, (2, 6))[1]), torch.randn(6))
     labels = torch.randint(7, (12,), dtype=torch.uint8)[::2]
@@ -119,6 +131,24 @@ def test_labels_at_the_borders_of_blocks_and_rows_that_nobody_asks_for(mode: str
     labels[:] = torch.tensor([0, 7, 8, 15, -100, -100, -100, -100, 16, 23, 24, 27, 28])  # rows 4 to 7 are one block
     with tiled(mode, V):
         compare((x, weight, bias, labels), torch.randn(13), label_smoothing=0.1, z_loss=1e-2)
+
+
+@kernels_only
+def test_kernels_of_cut_mode_need_no_product_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._Tiles, "make", None)
+    with tiled("cut", 19):
+        compare(batch((6, 4), 19), torch.randn(6))
+
+
+@kernels_only
+def test_a_kernel_writes_into_its_tile_and_nowhere_else() -> None:
+    memory = torch.full((7, 24), 7.0)
+    tile, per_row = memory[1:6, 2:13], (torch.zeros(5), torch.full((5,), 11.0).log(), torch.ones(5))
+    x, weight, labels = torch.zeros(5, 3), torch.zeros(11, 3), torch.arange(5)
+    in_products.differentiate(tile, x, weight, None, 0, labels, *per_row, 11, in_rows.Loss(-100, 0.0, None, 0.0))
+    expected = torch.full((7, 24), 7.0)
+    expected[1:6, 2:13] = 1 / 11 - torch.eye(5, 11)
+    torch.testing.assert_close(memory, expected)
 
 
 @twin_only
