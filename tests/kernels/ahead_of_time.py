@@ -21,7 +21,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 
 class Built(NamedTuple):
-    """What came out: registers of a thread, bytes spilled, bytes of shared memory, assembly, (rows, dtype) of products."""
+    """Registers of a thread, bytes spilled, bytes of shared memory, assembly, and (rows, dtype) of each product."""
 
     registers: int
     spills: int
