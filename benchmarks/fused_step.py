@@ -2,7 +2,7 @@
 
 Two Llamas with LoRA r=8 on all linear layers of their blocks, and ``vit_base_patch16_224``, half of it and the whole.
 Both sides have the same weights, and the same adapters, moved from where these start. No figure is given unless the
-losses agree, and the gradients of all adapters.
+losses agree, and the gradients of all adapters. One thread: several wait for each other on a machine that is busy.
 """
 
 import copy
@@ -82,6 +82,8 @@ def _agree(what: str, mine: tuple[Tensor, Sequence[Tensor]], his: tuple[Tensor, 
 def run() -> list[Row]:
     """All models."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     rows = []
     for vocabulary, width, depth, batch, tokens in ((8192, 256, 4, 4, 256), (32000, 512, 6, 2, 512)):
         size = {"hidden_size": width, "intermediate_size": 43 * width // 16, "num_hidden_layers": depth}
@@ -95,6 +97,7 @@ def run() -> list[Row]:
         vit = timm.create_model("vit_base_patch16_224", depth=depth)
         loss = partial(_vit_loss, x=x, y=y)
         rows += compared(f"ViT-B, {depth} blocks, batch 4", vit, "blocks.", loss, ("at most 0.62", "at most 0.88"))
+    torch.set_num_threads(threads)
     return rows
 
 
