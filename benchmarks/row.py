@@ -1,7 +1,9 @@
 """One line of the result, and the ways to measure two things fairly."""
 
+import gc
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -36,16 +38,25 @@ def alternate(*functions: Callable[[], object], rounds: int, repeats: int) -> li
     return [statistics.median(measured) for measured in times]
 
 
+class _Saved:
+    """A tensor as long as somebody's backward pass needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 def saved_bytes(compute: Callable[[], object], own: Iterable[Tensor]) -> int:
-    """What ``compute`` saves for its backward pass, each storage once, less the storages of ``own``."""
-    found: dict[int, int] = {}
+    """What the result of ``compute`` keeps for its backward pass, each storage once, less the storages of ``own``."""
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def pack(t: Tensor) -> _Saved:
+        kept.add(saved := _Saved(t))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = compute()  # alive until all is counted: a storage that is freed may be used again
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        output = compute()
+    gc.collect()  # what was saved for something that nobody kept
+    found = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in kept}
     beside = {t.untyped_storage().data_ptr() for t in own}
     del output
     return sum(n for storage, n in found.items() if storage not in beside)
