@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test install lint types tests notebooks docs pretrain bench clean
+.PHONY: help demo test install lint types tests notebooks docs pretrain bench bench-gpu clean
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(INSTALLED)  ## adapt a pre-trained ViT to new digits with five methods, show table and picture
 	$(BIN)/python tutorials/demo.py
@@ -42,6 +42,10 @@ pretrain: $(INSTALLED)  ## make the digits checkpoint of the demo again
 
 bench: $(INSTALLED)  ## figures beside HF PEFT, in one run
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(INSTALLED)  ## kernels beside those of others, on one NVIDIA GPU: two parts of eight minutes
+	$(BIN)/python -m benchmarks.kernels --part 1
+	$(BIN)/python -m benchmarks.kernels --part 2
 
 clean:  ## remove what was made, the environment included
 	rm -rf .venv runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ from benchmarks import (
     import_time,
     injection_time,
     lines_per_method,
+    packing,
     sampling_memory,
     spectral_start,
 )
@@ -36,7 +37,7 @@ def hardware() -> str:
 def main() -> None:
     """Measure, and print as the table that is kept in benchmarks/README.md."""
     small = (import_time, injection_time, forward_backward, callback_overhead)
-    large = (fused_step, spectral_start, checkpoint_size, sampling_memory, ddp_step, lines_per_method)
+    large = (fused_step, spectral_start, checkpoint_size, sampling_memory, ddp_step, packing, lines_per_method)
     rows: list[Row] = [row for benchmark in (*small, *large) for row in benchmark.run()]
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):

@@ -1,95 +1,109 @@
-"""Bytes saved for the backward pass and time of a step, norms and gates by our operations, beside HF PEFT.
+"""Bytes saved for the backward pass and time of a step, a model computed by our operations, beside HF PEFT.
 
-Shapes: a Llama of 8,192 tokens, width 256 and 4 layers, LoRA r=8 on all its linear layers, with the loss of
-transformers and with ours; and six blocks of ``vit_base_patch16_224``, LoRA r=8 on qkv, proj, fc1 and fc2.
+Two Llamas with LoRA r=8 on all linear layers of their blocks, and ``vit_base_patch16_224``, half of it and the whole.
+Both sides have the same weights, and the same adapters, moved from where these start. No figure is given unless the
+losses agree, and the gradients of all adapters. One thread: several wait for each other on a machine that is busy.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import peft
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.row import Row, alternate
-from lightning_peft import LoRA, inject
+from benchmarks.gpu.adapted import by_peft, by_us, factors
+from benchmarks.gpu.case import Machine
+from benchmarks.row import Row, alternate, saved_bytes
 from lightning_peft.callbacks.fused import fused
-from lightning_peft.kernels import linear_cross_entropy
 
-VOCABULARY = 8192
+# relative, of sums in float32 that are made in another order
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
-
-def saved_bytes(compute: Callable[[], Tensor], model: nn.Module) -> int:
-    """What ``compute`` saves for its backward pass, each storage once, less the parameters of ``model``."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = compute()
-    loss.backward()
-    return sum(n for storage, n in found.items() if storage not in own)
+Loss = Callable[[nn.Module], Tensor]
 
 
-def llama_loss(model: Any, ids: Tensor) -> Tensor:
-    """As transformers computes it."""
-    return model(input_ids=ids, labels=ids).loss
+class Side(NamedTuple):
+    """A model with adapters, and what has to hold while it computes."""
+
+    model: nn.Module
+    loss: Loss
+    adapters: list[Tensor]
+    within: Callable[[nn.Module], AbstractContextManager[Any]]
+
+    def step(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss, and its gradients."""
+        with self.within(self.model):
+            loss = self.loss(self.model)
+            return loss.detach(), torch.autograd.grad(loss, self.adapters)
+
+    def saved_bytes(self) -> int:
+        """Beyond what the model has anyway."""
+        with self.within(self.model):
+            return saved_bytes(partial(self.loss, self.model), self.model.parameters())
 
 
-def headless_loss(model: Any, ids: Tensor) -> Tensor:
-    """The same without logits."""
-    hidden = model.model(input_ids=ids).last_hidden_state
-    return linear_cross_entropy(hidden[:, :-1], model.lm_head.weight, ids[:, 1:])
-
-
-def compared(what: str, ours: nn.Module, mine: partial[Tensor], theirs: nn.Module, his: partial[Tensor]) -> list[Row]:
-    """Bytes and time of one step of each."""
-
-    def step(compute: partial[Tensor]) -> None:
-        compute().backward()
-
-    with fused(ours):
-        sizes = saved_bytes(mine, ours), saved_bytes(his, theirs)
-        losses = mine().item(), his().item()
-        if abs(losses[0] - losses[1]) > 1e-5 * abs(losses[1]):
-            raise RuntimeError(f"{what}: the losses differ, {losses[0]} and {losses[1]}.")
-        times = alternate(partial(step, mine), partial(step, his), rounds=5, repeats=1)
+def compared(what: str, base: nn.Module, blocks: str, loss: Loss, goals: tuple[str, str]) -> list[Row]:
+    """Bytes and time of a step of ``base`` with adapters on the linear layers below ``blocks``."""
+    adapters: dict[str, Tensor] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(blocks):
+            shape = module.in_features, module.out_features
+            adapters |= factors(Machine(torch.device("cpu"), tiny=True), name, *shape, r=8)
+    mine, his = copy.deepcopy(base).requires_grad_(False).train(), base.requires_grad_(False).train()
+    ours = Side(mine, loss, by_us()(mine, adapters), fused)
+    theirs = Side(his, loss, by_peft()(his, adapters), nullcontext)
+    _agree(what, ours.step(), theirs.step())
+    sizes = ours.saved_bytes(), theirs.saved_bytes()
+    times = alternate(ours.step, theirs.step, rounds=5, repeats=1)
     return [
-        Row(f"{what}: saved for backward", *map(float, sizes), "bytes", ""),
-        Row(f"{what}: step", *times, "s", ""),
+        Row(f"{what}: saved for backward", *map(float, sizes), "bytes", goals[0]),
+        Row(f"{what}: step", *times, "s", goals[1]),
     ]
 
 
+def _agree(what: str, mine: tuple[Tensor, Sequence[Tensor]], his: tuple[Tensor, Sequence[Tensor]]) -> None:
+    """Raise unless losses agree, and gradients of all adapters."""
+
+    def difference(a: Tensor, b: Tensor) -> float:
+        return ((a - b).norm() / b.norm()).item()
+
+    loss = difference(mine[0], his[0])
+    gradient = max(difference(a, b) for a, b in zip(mine[1], his[1], strict=True))
+    if not (loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE):
+        raise RuntimeError(f"{what}: results differ, the loss by {loss:.1e}, a gradient by {gradient:.1e}.")
+
+
 def run() -> list[Row]:
-    """Both models."""
+    """All models."""
     torch.manual_seed(0)
-    size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **size))
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    ours = inject(copy.deepcopy(base), LoRA(r=8, target_modules=tuple(linear))).train()
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=linear)).train()
-    ids = torch.randint(VOCABULARY, (4, 256))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     rows = []
-    for loss, which in ((llama_loss, "its own loss"), (headless_loss, "our loss")):
-        what = f"Llama 4 x 256, {which}"
-        rows += compared(what, ours, partial(loss, ours, ids), theirs, partial(llama_loss, theirs, ids))
-    vit = timm.create_model("vit_base_patch16_224", depth=6)
-    layers = ["qkv", "proj", "fc1", "fc2"]
-    ours = inject(copy.deepcopy(vit), LoRA(r=8, target_modules=r"blocks\.\d+\.(attn|mlp)\.(qkv|proj|fc1|fc2)")).train()
-    theirs = peft.get_peft_model(
-        vit, peft.LoraConfig(r=8, target_modules=r"blocks\.\d+\.(attn|mlp)\.(" + "|".join(layers) + ")")
-    ).train()
+    for vocabulary, width, depth, batch, tokens in ((8192, 256, 4, 4, 256), (32000, 512, 6, 2, 512)):
+        size = {"hidden_size": width, "intermediate_size": 43 * width // 16, "num_hidden_layers": depth}
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_attention_heads=8, **size))
+        ids = torch.randint(vocabulary, (batch, tokens))
+        what = f"Llama ({vocabulary}, {width}, {depth} layers), {batch} x {tokens} tokens"
+        loss = partial(_llama_loss, ids=ids)
+        rows += compared(what, llama, "model.layers.", loss, ("at most 0.45", "at most 0.65"))
     x, y = torch.randn(4, 3, 224, 224), torch.randint(1000, (4,))
+    for depth in (6, 12):
+        vit = timm.create_model("vit_base_patch16_224", depth=depth)
+        loss = partial(_vit_loss, x=x, y=y)
+        rows += compared(f"ViT-B, {depth} blocks, batch 4", vit, "blocks.", loss, ("at most 0.62", "at most 0.88"))
+    torch.set_num_threads(threads)
+    return rows
 
-    def loss_of(model: nn.Module) -> Tensor:
-        return F.cross_entropy(model(x), y)
 
-    return rows + compared("ViT-B, 6 blocks", ours, partial(loss_of, ours), theirs, partial(loss_of, theirs))
+def _llama_loss(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def _vit_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)

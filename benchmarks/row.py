@@ -1,13 +1,18 @@
-"""One line of the result, and the way to time two things fairly."""
+"""One line of the result, and the ways to measure two things fairly."""
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Row(NamedTuple):
-    """What was measured, ours and what it is compared with, in ``unit`` (s, us, bytes or lines), and the goal."""
+    """What was measured, ours and what it is compared with, in ``unit`` (s, us, bytes, lines, tokens), and the goal."""
 
     what: str
     ours: float
@@ -17,7 +22,8 @@ class Row(NamedTuple):
 
     def shown(self, value: float) -> str:
         """The value with its unit."""
-        return f"{value:,.0f} {self.unit}" if self.unit in ("bytes", "us", "lines") else f"{value:.3f} {self.unit}"
+        whole = self.unit in ("bytes", "us", "lines", "tokens")
+        return f"{value:,.0f} {self.unit}" if whole else f"{value:.3f} {self.unit}"
 
 
 def alternate(*functions: Callable[[], object], rounds: int, repeats: int) -> list[float]:
@@ -30,3 +36,27 @@ def alternate(*functions: Callable[[], object], rounds: int, repeats: int) -> li
                 function()
             measured.append((time.perf_counter() - start) / repeats)
     return [statistics.median(measured) for measured in times]
+
+
+class _Saved:
+    """A tensor as long as somebody's backward pass needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+def saved_bytes(compute: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """What the result of ``compute`` keeps for its backward pass, each storage once, less the storages of ``own``."""
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(t: Tensor) -> _Saved:
+        kept.add(saved := _Saved(t))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        output = compute()
+    gc.collect()  # what was saved for something that nobody kept
+    found = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in kept}
+    beside = {t.untyped_storage().data_ptr() for t in own}
+    del output
+    return sum(n for storage, n in found.items() if storage not in beside)

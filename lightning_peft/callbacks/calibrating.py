@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from lightning_peft.callbacks.probe import batch_losses
-from lightning_peft.callbacks.resuming import random_state, set_random_state
+from lightning_peft.callbacks.resuming import data_state, random_state, set_data_state
 from lightning_peft.engine import AdapterError, Method, adapter_state, calibrate, load_adapter_state
 from lightning_peft.engine.calibration import CALIBRATED
 from lightning_peft.engine.inject import record_of
@@ -41,12 +41,15 @@ def calibrate_on_training_data(
             "Build the model with its weights, or start from an adapter that was measured: PEFT(init_from=...)."
         )
     before = random_state()
+    source = _training_data(trainer)
+    loaders = getattr(source, "flattened", [source])
+    before |= {"own": data_state(loaders)["own"]}
     precision = trainer.precision_plugin
     if isinstance(precision, HalfPrecision | DoublePrecision):  # batches are converted, so the weights have to be
         precision.convert_module(module)
     module.to(trainer.strategy.root_device)
     try:
-        data = list(itertools.islice(iter(_training_data(trainer)), batches))
+        data = list(itertools.islice(iter(source), batches))
         if not data:
             raise AdapterError(f"{', '.join(waiting)}: there is no batch in the training data to measure a start on.")
         with Progress(transient=True, disable=trainer.progress_bar_callback is None) as progress:
@@ -64,7 +67,7 @@ def calibrate_on_training_data(
             for name in waiting:
                 calibrate(root, losses, name)
     finally:
-        set_random_state(before)
+        set_data_state(before, loaders)
     if trainer.world_size > 1:
         for name in waiting:
             whole = {key: value.detach().cpu() for key, value in adapter_state(root, name).items()}

@@ -77,8 +77,9 @@ class PEFT(L.Callback):
         telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
             of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
         calibration_batches: batches of the training data that methods measure their start on, those that do.
-        kernels: ``"auto"`` computes norms, gates and activations of known types by the operations of
-            ``lightning_peft.kernels`` while training, which save less for the backward pass; the last digits differ.
+        kernels: ``"auto"`` computes norms, gates, activations and rotations of known types, and the logits of a wide
+            output head, by the operations of ``lightning_peft.kernels`` while training: they save less for the
+            backward pass, and the last digits differ. ``"off"`` leaves all as the model has it.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.
@@ -98,7 +99,7 @@ class PEFT(L.Callback):
         save: checkpoints.Save = "adapter",
         telemetry: bool = False,
         calibration_batches: int = 8,
-        kernels: Literal["auto", "off"] = "off",
+        kernels: Literal["auto", "off"] = "auto",
     ) -> None:
         if save not in get_args(checkpoints.Save):
             raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")
@@ -148,6 +149,7 @@ class PEFT(L.Callback):
         self._to_load = None if trained_already else self.init_from
         self._inject(pl_module, last=False)
         if stage == "fit":
+            self._place.setup(trainer)
             within(pl_module, "configure_optimizers", lambda module: groups_split(ratios(adapted_root(module))))
             # around the step itself, so that it holds in the runs of a tuner too, which calls no callback
             within(pl_module, "training_step", inputs_require_grad, once=lambda module: False)
@@ -191,7 +193,6 @@ class PEFT(L.Callback):
             stepped = optimizer.register_step_post_hook(told)
             self._while_training.enter_context(stepped)
         self._told = None
-        self._place.on_fit_start()
         self._stepped.clear()
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -211,7 +212,7 @@ class PEFT(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapters train; running statistics that belong to frozen weights do not move."""
-        self._place.on_train_epoch_start()
+        self._place.on_train_epoch_start(trainer)
         self._set_modes(adapted_root(pl_module))
 
     def _set_modes(self, root: nn.Module) -> None:

@@ -86,16 +86,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_triton(x):
         return _launch_forward(x, weight, bias, eps, offset)
-    y = x.to(accumulator(x))
-    mu = y.mean(-1)
-    y = y - mu[..., None]
-    rho = (y.square().mean(-1) + eps).rsqrt()
-    y *= rho[..., None]
+    wide = x.to(accumulator(x))
+    first = wide.mean(-1, keepdim=True)  # torch's own sums cancel where the mean is large, forward and backward
+    y, rest, rho = torch.native_layer_norm(wide - first, x.shape[-1:], None, None, eps)
+    mu = first + rest
     if weight is not None:
         y *= offset + weight.to(y.dtype)[:, None]
     if bias is not None:
         y += bias.to(y.dtype)[:, None]
-    return y.to(x.dtype).contiguous(), mu, rho
+    return y.to(x.dtype).contiguous(), mu.squeeze(-1), rho.squeeze(-1)
 
 
 @_forward.register_fake
@@ -120,16 +119,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_triton(x):
         return _launch_backward(dy, x, weight, mu, rho, offset, x_trains, weight_trains, bias_trains)
-    xhat = (x.to(rho.dtype) - mu[..., None]) * rho[..., None]
-    m = dy.to(rho.dtype)
-    dw = (m * xhat).sum(1) if weight_trains else rho.new_empty(0)
+    m, mu, rho = dy.to(rho.dtype), mu[..., None], rho[..., None]
+    centred = x.to(rho.dtype) - mu
+    dw = (m * centred * rho).sum(1) if weight_trains else rho.new_empty(0)
     db = m.sum(1) if bias_trains else rho.new_empty(0)
     if not x_trains:
         return x.new_empty(0), dw, db
     if weight is not None:
         m = m * (offset + weight.to(m.dtype)[:, None])
-    dx = m - m.mean(-1, keepdim=True) - xhat * (m * xhat).mean(-1, keepdim=True)
-    return (dx * rho[..., None]).to(x.dtype).contiguous(), dw, db
+    parts, zero = [True, False, False], torch.zeros_like(mu)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(m, centred, x.shape[-1:], zero, rho, None, None, parts)
+    return dx.to(x.dtype).contiguous(), dw, db
 
 
 @_backward.register_fake

@@ -6,41 +6,39 @@ With a = x C^T + b, l = cap tanh(a / cap) (or l = a), lse = logsumexp_v l, smoot
     G_v  = d loss / d a_v = [(1 + 2 z lse) P_v - s / V - (1 - s) 1{v = y}] (1 - (l_v / cap)^2),  P = softmax(l)
     dx   = g G C,   dC = sum over rows of g G^T x,   db = sum over rows of g G,  for the gradient g of the row's loss.
 
-Logits live in one private tile of at most ``LOGITS_BUDGET`` bytes, made by the matrix product of the device. Per tile
-the state of a row is (max, sum of exp(l - max), sum of l, l_y); states are merged in a fixed order. max and log sum are
-kept apart: their sum would swallow P_y - 1 where P_y is near 1.
+Logits live in one private tile. Per tile the state of a row is (max, sum of exp(l - max), sum of l, l_y); states are
+merged in a fixed order. max and log sum are kept apart: their sum would swallow P_y - 1 where P_y is near 1.
 
-*Chunked* (a tile of whole rows fits): if the head is frozen, G C is made in the forward, while the tile is there, since
-dx is linear in g row by row. Saved for backward: G C, as large as x, and nothing else. *Cut* (the vocabulary is too
-long for that), or a head that trains: saved are the inputs and two numbers per row; the backward makes the tiles again,
-for a head that trains over all rows and a slice of the vocabulary, so that dC needs no buffer of its own.
+*Chunked* (whole rows fit into the budget): the product of the device makes the tile. If the head is frozen, G C is made
+in the forward, while the tile is there, since dx is linear in g row by row. Saved for backward: G C, as large as x, and
+nothing else. *Cut* (the vocabulary is too long for that), or a head that trains: saved are the inputs and two numbers
+per row; the backward makes the tiles again, for a head that trains over all rows and a slice of the vocabulary, so that
+dC needs no buffer of its own. On an accelerator a cut forward has no tile at all, and a cut backward makes g G in one
+step: `linear_cross_entropy_cut`.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+import lightning_peft.kernels.linear_cross_entropy_cut as cut
+from lightning_peft.kernels.backend import accumulator
+from lightning_peft.kernels.linear_cross_entropy_rows import Loss, runs_kernels, steps
 
-# bytes of logits that may exist at a time
+# bytes of logits that may exist at a time, unless the caller says how many
 LOGITS_BUDGET = 256 * 2**20
 # a product with fewer rows takes longer to read the head than to compute; tiles of whole rows have multiples of it
 FEWEST_ROWS = 256
+# more of them on a CPU fall out of its caches
+CPU_ROWS = 256
 # rows of a tile that holds a slice of the vocabulary: few, for the float32 sum of dx is as long
-CUT_ROWS = 1024
+CUT_ROWS = 512
+# numbers in a tile: fewer keep an accelerator busy for less time than it takes to ask for the next one
+LEAST_TILE = CUT_ROWS * 4096
 
 Reduction = Literal["none", "mean", "sum"]
-
-
-class _Loss(NamedTuple):
-    """What defines the loss beside its tensors."""
-
-    ignore_index: int
-    label_smoothing: float
-    softcap: float | None
-    z_loss: float
 
 
 def linear_cross_entropy(
@@ -55,6 +53,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
+    budget: int | None = None,
 ) -> Tensor:
     """Cross-entropy of ``softmax(x weight^T + bias)``, without the logits in memory.
 
@@ -72,6 +71,11 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over rows that are not ignored, ``"sum"``, or ``"none"`` for one loss per row.
         num_items: what ``"mean"`` divides by in place of the number of rows here that are not ignored: a number, or a
             tensor with one, for gradients that are accumulated over batches or devices.
+        budget: bytes of logits that may exist at a time; None for 256 MiB. With room for 256 rows of them the loss is
+            *chunked*: forward and backward of a frozen head take 4 T V D operations. With less it is *cut* into slices
+            of the vocabulary: 6 T V D operations, and beside the gradient of ``x`` only a tile of logits (the budget,
+            or 4 MiB if that is more, 8 MiB in float32) and 512 rows in float32. 0 asks for that. A head that trains
+            takes 8 T V D in both, and a gradient of ``x`` in float32.
 
     Returns:
         In float32 (float64 for float64): (...) for ``"none"``, else a scalar; the mean of no rows at all is 0.
@@ -84,12 +88,13 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight, labels, bias)
-    _check_options(label_smoothing, softcap, z_loss, reduction, num_items)
+    _check_options(label_smoothing, softcap, z_loss, reduction, num_items, budget)
+    budget = LOGITS_BUDGET if budget is None else budget
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    at_once = torch.is_grad_enabled() and x.requires_grad and not head_trains and _whole_rows(x, weight) > 0
+    at_once = torch.is_grad_enabled() and x.requires_grad and not head_trains and _whole_rows(x, weight, budget) > 0
     flat = labels.reshape(-1).long()
     losses = _forward(
-        x.reshape(-1, x.shape[-1]), weight, bias, flat, ignore_index, label_smoothing, softcap, z_loss, at_once
+        x.reshape(-1, x.shape[-1]), weight, bias, flat, ignore_index, label_smoothing, softcap, z_loss, budget, at_once
     )[0]
     if reduction == "none":
         return losses.view(labels.shape)
@@ -132,8 +137,9 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> No
 
 
 def _check_options(
-    label_smoothing: float, softcap: float | None, z_loss: float, reduction: str, num_items: float | Tensor | None
-) -> None:
+    label_smoothing: float, softcap: float | None, z_loss: float, reduction: str, num_items: float | Tensor | None,
+    budget: int | None,
+) -> None:  # fmt: skip
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"linear_cross_entropy: label_smoothing must be 0 to 1, got {label_smoothing}.")
     if softcap is not None and not softcap > 0:
@@ -145,6 +151,10 @@ def _check_options(
     if reduction not in get_args(Reduction):
         raise ValueError(
             f"linear_cross_entropy: reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}."
+        )
+    if budget is not None and budget < 0:
+        raise ValueError(
+            f"linear_cross_entropy: budget must be a number of bytes, 0 or more, got {budget}. None is {LOGITS_BUDGET}."
         )
     if num_items is None:
         return
@@ -159,9 +169,10 @@ def _check_options(
         raise ValueError(f"linear_cross_entropy: num_items must be >= 0, got {num_items}.")
 
 
-def _whole_rows(x: Tensor, weight: Tensor) -> int:
+def _whole_rows(x: Tensor, weight: Tensor, budget: int) -> int:
     """How many rows of logits fit into the budget; 0 if too few to be worth it."""
-    return LOGITS_BUDGET // (weight.shape[0] * x.element_size()) // FEWEST_ROWS * FEWEST_ROWS
+    rows = budget // (weight.shape[0] * x.element_size()) // FEWEST_ROWS * FEWEST_ROWS
+    return min(rows, CPU_ROWS) if x.device.type == "cpu" else rows
 
 
 def _unit(x: Tensor) -> float:
@@ -176,44 +187,50 @@ def _pieces(size: int, step: int) -> Iterator[slice]:
 class _Tiles:
     """The private memory in which tiles of logits are made, one after the other."""
 
-    def __init__(self, x: Tensor, weight: Tensor, rows: int, columns: int) -> None:
-        self.x, self.weight = x, weight
-        self.rows, self.columns = max(min(rows, x.shape[0]), 1), max(min(columns, weight.shape[0]), 1)
+    def __init__(self, x: Tensor, weight: Tensor, rows: int, budget: int) -> None:
+        self.x, self.weight, self.rows = x, weight, max(min(rows, x.shape[0]), 1)
+        columns = max(budget // x.element_size(), LEAST_TILE) // self.rows
+        self.columns = max(min(columns, weight.shape[0]), 1)
         # every row begins at a multiple of 16 numbers, so that it can be read 128 bits at a time
         self.memory = x.new_empty(self.rows, -(-self.columns // 16) * 16)
 
+    def at(self, rows: slice, columns: slice) -> Tensor:
+        return self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
+
     def make(self, rows: slice, columns: slice) -> Tensor:
-        tile = self.memory[: rows.stop - rows.start, : columns.stop - columns.start]
-        return torch.mm(self.x[rows], self.weight[columns].t(), out=tile)
+        return torch.mm(self.x[rows], self.weight[columns].t(), out=self.at(rows, columns))
 
 
 @torch.library.custom_op("lightning_peft::linear_cross_entropy", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float, at_once: bool,
+    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float, budget: int, at_once: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """By row: loss, max of the logits, log of the sum of exp(l - max), and G C, which is empty unless ``at_once``."""
-    loss = _Loss(ignore_index, label_smoothing, softcap, z_loss)
-    T, V, D, whole = x.shape[0], weight.shape[0], x.shape[1], _whole_rows(x, weight)
-    measure, merge, differentiate = _steps(x)
-    if measure is _measure and not labels.is_cuda:
+    loss = Loss(ignore_index, label_smoothing, softcap, z_loss)
+    T, V, D, whole = x.shape[0], weight.shape[0], x.shape[1], _whole_rows(x, weight, budget)
+    measure, merge, differentiate = steps(x)
+    if not runs_kernels(x) and not labels.is_cuda:
         _check_range(labels, V, ignore_index)
     x, labels, bias = x.contiguous(), labels.contiguous(), None if bias is None else bias.contiguous()
     per_row = [x.new_empty(T, dtype=accumulator(x)) for _ in range(3)]
     unit = x.new_empty(T if at_once else 0, D)
-    columns_fitting = LOGITS_BUDGET // (CUT_ROWS * x.element_size())
-    tiles = _Tiles(x, weight, whole or CUT_ROWS, V if whole else columns_fitting)
+    if runs_kernels(x) and not whole:
+        target = x.new_full((T,), torch.nan, dtype=torch.float32)  # which a label that is nowhere stays
+        merge(cut.measure(x, weight, bias, labels, target, loss), target, labels, V, loss, per_row)
+        return per_row[0], per_row[1], per_row[2], unit
+    tiles = _Tiles(x, weight, whole or CUT_ROWS, budget)
     for rows in _pieces(T, tiles.rows):
         # a label that is in no tile stays NaN
         target, parts = x.new_full((rows.stop - rows.start,), torch.nan, dtype=accumulator(x)), []
         for columns in _pieces(V, tiles.columns):
             tile = tiles.make(rows, columns)
-            parts.append(measure(tile, _cut(bias, columns), labels[rows], columns.start, target, loss))
+            parts.append(measure(tile, _of(bias, columns), columns.start, labels[rows], target, loss))
         _, shift, log_sum = results = [result[rows] for result in per_row]
         merge(torch.cat(parts, 1), target, labels[rows], V, loss, results)
         if at_once:
             upstream = torch.full_like(shift, _unit(x))
-            differentiate(tile, bias, labels[rows], 0, shift, log_sum, upstream, V, loss)
+            differentiate(tile, bias, 0, labels[rows], shift, log_sum, upstream, V, loss)
             torch.mm(tile, weight, out=unit[rows])
     return per_row[0], per_row[1], per_row[2], unit
 
@@ -221,7 +238,7 @@ def _forward(
 @_forward.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float, at_once: bool,
+    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float, budget: int, at_once: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     T, dtype = x.shape[0], accumulator(x)
     a, b, c = x.new_empty(T, dtype=dtype), x.new_empty(T, dtype=dtype), x.new_empty(T, dtype=dtype)
@@ -242,44 +259,40 @@ def _(unit: Tensor, upstream: Tensor) -> Tensor:
 @torch.library.custom_op("lightning_peft::linear_cross_entropy_backward", mutates_args=())
 def _backward(
     upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shift: Tensor, log_sum: Tensor,
-    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float,
+    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float, budget: int,
     x_trains: bool, weight_trains: bool, bias_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, weight and bias, empty for what is frozen."""
-    loss = _Loss(ignore_index, label_smoothing, softcap, z_loss)
+    loss = Loss(ignore_index, label_smoothing, softcap, z_loss)
     T, V, D, wide = x.shape[0], weight.shape[0], x.shape[1], accumulator(x)
-    differentiate = _steps(x)[2]
+    in_one_step = runs_kernels(x) and not _whole_rows(x, weight, budget)
+    differentiate = steps(x)[2]
     x, labels, upstream = x.contiguous(), labels.contiguous(), upstream.contiguous()
     bias = None if bias is None else bias.contiguous()
     dx = x.new_empty(T if x_trains else 0, D)
     dw = x.new_zeros(V if weight_trains else 0, D)
     db = x.new_zeros(V if bias_trains else 0)
     # with all rows at once a slice of dC is complete, and rounded once
-    most = max(T, 1) if weight_trains or bias_trains else CUT_ROWS
-    tiles = _Tiles(x, weight, most, LOGITS_BUDGET // (most * x.element_size()))
+    tiles = _Tiles(x, weight, T if weight_trains or bias_trains else CUT_ROWS, budget)
+    sums = x.new_empty(tiles.rows if x_trains else 0, D, dtype=wide)
     for rows in _pieces(T, tiles.rows):
-        total = None
+        x_rows, per_row = x[rows], (labels[rows], shift[rows], log_sum[rows], upstream[rows])
+        total = sums[: rows.stop - rows.start].zero_()
         for columns in _pieces(V, tiles.columns):
-            tile = tiles.make(rows, columns)
-            differentiate(
-                tile,
-                _cut(bias, columns),
-                labels[rows],
-                columns.start,
-                shift[rows],
-                log_sum[rows],
-                upstream[rows],
-                V,
-                loss,
-            )
+            c, b = weight[columns], _of(bias, columns)
+            if in_one_step:
+                tile = tiles.at(rows, columns)
+                cut.differentiate(tile, x_rows, c, b, columns.start, *per_row, V, loss)
+            else:
+                tile = tiles.make(rows, columns)
+                differentiate(tile, b, columns.start, *per_row, V, loss)
             if x_trains:
-                part = torch.mm(tile, weight[columns])
-                total = part.to(wide) if total is None else total.add_(part)
+                _add_product(total, tile, c)
             if weight_trains:
-                torch.mm(tile.t(), x[rows], out=dw[columns])
+                torch.mm(tile.t(), x_rows, out=dw[columns])
             if bias_trains:
                 db[columns] = tile.sum(0, dtype=wide)
-        if total is not None:
+        if x_trains:
             dx[rows] = total
     return dx, dw, db
 
@@ -287,7 +300,7 @@ def _backward(
 @_backward.register_fake
 def _(
     upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shift: Tensor, log_sum: Tensor,
-    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float,
+    ignore_index: int, label_smoothing: float, softcap: float | None, z_loss: float, budget: int,
     x_trains: bool, weight_trains: bool, bias_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (T, D), V = x.shape, weight.shape[0]
@@ -295,8 +308,25 @@ def _(
     return dx, dw, x.new_empty(V if bias_trains else 0)
 
 
+def _add_product(total: Tensor, tile: Tensor, weight: Tensor) -> None:
+    """Adds ``tile @ weight`` to ``total``, without rounding the product if the device can do so."""
+    if total.dtype == tile.dtype:
+        total.addmm_(tile, weight)
+    elif _adds_in_float32(tile):
+        torch.addmm(total, tile, weight, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(tile, weight)
+
+
+def _adds_in_float32(x: Tensor) -> bool:
+    """Whether a product of 16-bit numbers can be added to a sum in float32: by cuBLAS, if it is left as it is."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return False
+    return not (torch.backends.cuda.matmul.allow_fp16_accumulation or torch.cuda.tunable.is_enabled())
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, labels, *ctx.loss, ctx.at_once = inputs
+    x, weight, bias, labels, *ctx.options, ctx.at_once = inputs
     _, shift, log_sum, unit = output
     ctx.mark_non_differentiable(shift, log_sum, unit)
     if ctx.at_once:
@@ -311,11 +341,11 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
             "linear_cross_entropy: gradients of gradients are not there, for its logits are not. "
             "Take F.cross_entropy of F.linear, or leave out create_graph=True."
         )
-    options = (None,) * 6  # labels, and what defines the loss
+    options = (None,) * 7  # labels, and what is no tensor
     if ctx.at_once:
         return _rescale(ctx.saved_tensors[0], upstream), None, None, *options
     trains = ctx.needs_input_grad[:3]
-    gradients = _backward(upstream, *ctx.saved_tensors, *ctx.loss, *trains)
+    gradients = _backward(upstream, *ctx.saved_tensors, *ctx.options, *trains)
     return *(d if wanted else None for d, wanted in zip(gradients, trains, strict=True)), *options
 
 
@@ -335,248 +365,5 @@ def _cut(bias: Tensor | None, columns: slice) -> Tensor | None:
     return None if bias is None else bias[columns]
 
 
-def _capped(tile: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = tile.to(accumulator(tile))
-    if bias is not None:
-        logits = logits + bias.to(logits.dtype)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _find(labels: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Which labels are in a tile whose first column is ``first``, and at which of its columns (0 if they are not)."""
-    place = labels - first
-    inside = (place >= 0) & (place < columns)
-    return inside, torch.where(inside, place, 0)
-
-
-def _measure(
-    tile: Tensor, bias: Tensor | None, labels: Tensor, first: int, target: Tensor, loss: _Loss
-) -> Tensor:  # (3, 1, rows)
-    """The state of each row in a tile; writes the logits of labels that are in it into ``target``."""
-    logits = _capped(tile, bias, loss.softcap)
-    peak = logits.amax(1)
-    total = (logits - peak.masked_fill(peak == -torch.inf, 0)[:, None]).exp_().sum(1)
-    inside, place = _find(labels, first, tile.shape[1])
-    target.copy_(torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), target))
-    plain = logits.sum(1) if loss.label_smoothing else torch.zeros_like(peak)
-    return torch.stack([peak, total, plain])[:, None]
-
-
-def _merge(parts: Tensor, target: Tensor, labels: Tensor, V: int, loss: _Loss, results: list[Tensor]) -> None:
-    """From the states (3, parts, rows) of each row: loss, max, and log of the sum of exp(l - max)."""
-    peaks, totals, plain = parts
-    shift = peaks.amax(0)
-    log_sum = (totals * (peaks - shift).exp()).sum(0).log()
-    value = log_sum - (1 - loss.label_smoothing) * (target - shift)
-    if loss.label_smoothing:
-        value -= loss.label_smoothing * (plain.sum(0) / V - shift)
-    if loss.z_loss:
-        value += loss.z_loss * (shift + log_sum).square()
-    value = value.masked_fill(labels == loss.ignore_index, 0)
-    log_sum = log_sum.masked_fill(target.isnan() & (labels != loss.ignore_index), torch.nan)
-    for result, computed in zip(results, (value, shift, log_sum), strict=True):
-        result.copy_(computed)
-
-
-def _differentiate_tile(
-    tile: Tensor, bias: Tensor | None, labels: Tensor, first: int,
-    shift: Tensor, log_sum: Tensor, upstream: Tensor, V: int, loss: _Loss,
-) -> None:  # fmt: skip
-    """Replaces the logits of a tile by ``upstream`` times G."""
-    logits, keep = _capped(tile, bias, loss.softcap), labels != loss.ignore_index
-    g = upstream * keep
-    # the tile is private, and without a cap the logits are not needed again
-    gradient = logits.sub_(shift[:, None]) if loss.softcap is None else logits - shift[:, None]
-    gradient.exp_().mul_((g * (1 + 2 * loss.z_loss * (shift + log_sum)) * (-log_sum).exp())[:, None])
-    if loss.label_smoothing:
-        gradient -= (g * (loss.label_smoothing / V))[:, None]
-    inside, place = _find(labels, first, tile.shape[1])
-    gradient.scatter_add_(1, place[:, None], (g * (loss.label_smoothing - 1) * inside)[:, None])
-    if loss.softcap is not None:
-        gradient *= 1 - (logits / loss.softcap).square_()
-    tile.copy_(gradient)
-
-
-def _steps(x: Tensor) -> tuple[Any, Any, Any]:
-    """What measures a tile, merges the states of its rows and differentiates it."""
-    if runs_triton(x) and x.dtype != torch.float64:
-        return _launch_measure, _launch_merge, _launch_differentiate
-    return _measure, _merge, _differentiate_tile
-
-
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    # columns at a time, and how many such blocks a program reads
-    BLOCK, N_BLOCKS = 4096, 8
-
-    @triton.jit
-    def __logits(tile, bias, at, inside, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-        logits = tl.load(tile + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            logits += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_CAP:
-            cap = tl.cast(softcap, tl.float32)
-            small = tl.exp(-2.0 * tl.abs(logits) / cap)  # cannot overflow
-            size = cap * ((1.0 - small) / (1.0 + small))
-            logits = tl.where(logits < 0, -size, size)
-        return logits
-
-    @triton.jit
-    def _lce_measure(
-        tile_ptr, bias_ptr, labels_ptr, target_ptr, parts_ptr, rows, columns, stride, first, ignore_index, softcap,
-        HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
-        N_BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)  # before the first product: rows * stride can exceed 32 bits
-        part, label = tl.program_id(1), tl.load(labels_ptr + row)
-        if label != ignore_index:
-            tile = tile_ptr + row * stride
-            peak = tl.full((), float("-inf"), tl.float32)
-            total = tl.zeros((BLOCK,), tl.float32)
-            plain = tl.zeros((BLOCK,), tl.float32)
-            for block in range(N_BLOCKS):
-                at = (part * N_BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
-                inside = at < columns
-                logits = __logits(tile, bias_ptr, at, inside, softcap, HAS_BIAS, HAS_CAP)
-                if SMOOTHED:
-                    plain += logits  # 0 outside
-                logits = tl.where(inside, logits, float("-inf"))
-                higher = tl.maximum(peak, tl.max(logits))
-                shift = tl.where(higher == float("-inf"), 0.0, higher)
-                total = total * tl.exp(peak - shift) + tl.exp(logits - shift)
-                peak = higher
-            slot, plane = part * rows + row, tl.num_programs(1).to(tl.int64) * rows
-            tl.store(parts_ptr + slot, peak)
-            tl.store(parts_ptr + plane + slot, tl.sum(total))
-            if SMOOTHED:
-                tl.store(parts_ptr + 2 * plane + slot, tl.sum(plain))
-            place = label - first
-            here = (place >= part * N_BLOCKS * BLOCK) & (place < (part + 1) * N_BLOCKS * BLOCK)
-            if here & (place < columns):
-                tl.store(target_ptr + row, __logits(tile, bias_ptr, place, here, softcap, HAS_BIAS, HAS_CAP))
-
-    @triton.jit
-    def _lce_merge(
-        parts_ptr, target_ptr, labels_ptr, losses_ptr, shift_ptr, log_sum_ptr, rows, parts, V, ignore_index,
-        label_smoothing, z_loss, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside, plane = at < rows, tl.cast(parts, tl.int64) * rows
-        # nothing was measured of other rows: with zeros in its place their loss comes out as 0
-        counts = inside & (tl.load(labels_ptr + at, mask=inside, other=0) != ignore_index)
-        shift = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for part in range(parts):
-            shift = tl.maximum(shift, tl.load(parts_ptr + part * rows + at, mask=counts, other=0.0))
-        total = tl.zeros((BLOCK,), tl.float32)
-        plain = tl.zeros((BLOCK,), tl.float32)
-        for part in range(parts):
-            slot = part * rows + at
-            scale = tl.exp(tl.load(parts_ptr + slot, mask=counts, other=0.0) - shift)
-            total += scale * tl.load(parts_ptr + plane + slot, mask=counts, other=0.0)
-            if SMOOTHED:
-                plain += tl.load(parts_ptr + 2 * plane + slot, mask=counts, other=0.0)
-        smoothing, target = tl.cast(label_smoothing, tl.float32), tl.load(target_ptr + at, mask=counts, other=0.0)
-        log_sum = tl.log(tl.where(counts, total, 1.0))
-        loss = log_sum - (1.0 - smoothing) * (target - shift)
-        if SMOOTHED:
-            loss -= smoothing * (plain / V - shift)
-        loss += tl.cast(z_loss, tl.float32) * (shift + log_sum) * (shift + log_sum)
-        log_sum = tl.where(target == target, log_sum, float("nan"))
-        tl.store(losses_ptr + at, loss, mask=inside)
-        tl.store(shift_ptr + at, shift, mask=inside)
-        tl.store(log_sum_ptr + at, log_sum, mask=inside)
-
-    @triton.jit
-    def _lce_differentiate(
-        tile_ptr, bias_ptr, labels_ptr, shift_ptr, log_sum_ptr, upstream_ptr, columns, stride, first, V, ignore_index,
-        label_smoothing, softcap, z_loss, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)  # before the first product: rows * stride can exceed 32 bits
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        tile, inside, label = tile_ptr + row * stride, at < columns, tl.load(labels_ptr + row)
-        gradient = tl.zeros((BLOCK,), tl.float32)
-        if label != ignore_index:
-            logits = __logits(tile, bias_ptr, at, inside, softcap, HAS_BIAS, HAS_CAP)
-            shift, log_sum = tl.load(shift_ptr + row), tl.load(log_sum_ptr + row)
-            smoothing = tl.cast(label_smoothing, tl.float32)
-            gradient = tl.exp((logits - shift) - log_sum)
-            gradient = gradient * (1.0 + 2.0 * tl.cast(z_loss, tl.float32) * (shift + log_sum)) - smoothing / V
-            # in float32, before anything is rounded: P is close to 1 where the row is learnt
-            gradient = tl.where(at == label - first, gradient - (1.0 - smoothing), gradient)
-            if HAS_CAP:
-                size = logits / tl.cast(softcap, tl.float32)
-                gradient *= 1.0 - size * size
-            gradient *= tl.load(upstream_ptr + row)
-        tl.store(tile + at, gradient.to(tile_ptr.dtype.element_ty), mask=inside)
-
-    def _block(columns: int) -> dict[str, int]:
-        block = min(triton.next_power_of_2(columns), BLOCK)
-        return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
-
-    def _launch_measure(
-        tile: Tensor, bias: Tensor | None, labels: Tensor, first: int, target: Tensor, loss: _Loss
-    ) -> Tensor:  # (3, parts, rows)
-        (rows, columns), block = tile.shape, _block(tile.shape[1])
-        blocks = triton.cdiv(columns, block["BLOCK"])
-        n_blocks = min(blocks, N_BLOCKS)
-        parts = tile.new_empty(3, triton.cdiv(blocks, n_blocks), rows, dtype=torch.float32)
-        with torch.cuda.device_of(tile):
-            _lce_measure[(rows, parts.shape[1])](
-                tile, tile if bias is None else bias, labels, target, parts, rows, columns, tile.stride(0), first,
-                loss.ignore_index, loss.softcap or 1.0, HAS_BIAS=bias is not None, HAS_CAP=loss.softcap is not None,
-                SMOOTHED=loss.label_smoothing > 0, N_BLOCKS=n_blocks, **block, **OPTIONS,
-            )  # fmt: skip
-        return parts
-
-    def _launch_merge(
-        parts: Tensor, target: Tensor, labels: Tensor, V: int, loss: _Loss, results: list[Tensor]
-    ) -> None:
-        rows = labels.shape[0]
-        with torch.cuda.device_of(parts):
-            _lce_merge[(triton.cdiv(rows, 128),)](
-                parts, target, labels, *results, rows, parts.shape[1], V, loss.ignore_index, loss.label_smoothing,
-                loss.z_loss, SMOOTHED=loss.label_smoothing > 0, BLOCK=128, num_warps=1, **OPTIONS,
-            )  # fmt: skip
-
-    def _launch_differentiate(
-        tile: Tensor, bias: Tensor | None, labels: Tensor, first: int,
-        shift: Tensor, log_sum: Tensor, upstream: Tensor, V: int, loss: _Loss,
-    ) -> None:  # fmt: skip
-        (rows, columns), block = tile.shape, _block(tile.shape[1])
-        with torch.cuda.device_of(tile):
-            _lce_differentiate[(rows, triton.cdiv(columns, block["BLOCK"]))](
-                tile, tile if bias is None else bias, labels, shift, log_sum, upstream, columns, tile.stride(0), first,
-                V, loss.ignore_index, loss.label_smoothing, loss.softcap or 1.0, loss.z_loss,
-                HAS_BIAS=bias is not None, HAS_CAP=loss.softcap is not None, **block, **OPTIONS,
-            )  # fmt: skip
-
-    # what is compiled ahead of time in the tests: kernel, types of its arguments, constants
-    VARIANTS = [
-        variant
-        for dtype in ("*bf16", "*fp16", "*fp32")
-        for full in (False, True)
-        for variant in (
-            (
-                _lce_measure,
-                [dtype, dtype, "*i64", "*fp32", "*fp32", "i32", "i32", "i32", "i32", "i32", "fp32"],
-                {"HAS_BIAS": full, "HAS_CAP": full, "SMOOTHED": full, "BLOCK": BLOCK, "N_BLOCKS": N_BLOCKS},
-                {"num_warps": 8},
-            ),
-            (
-                _lce_differentiate,
-                [dtype, dtype, "*i64", "*fp32", "*fp32", "*fp32", *["i32"] * 5, *["fp32"] * 3],
-                {"HAS_BIAS": full, "HAS_CAP": full, "BLOCK": BLOCK},
-                {"num_warps": 8},
-            ),
-        )
-    ] + [
-        (
-            _lce_merge,
-            ["*fp32", "*fp32", "*i64", "*fp32", "*fp32", "*fp32", *["i32"] * 4, "fp32", "fp32"],
-            {"SMOOTHED": smoothed, "BLOCK": 128},
-            {"num_warps": 1},
-        )
-        for smoothed in (False, True)
-    ]
+def _of(bias: Tensor | None, columns: slice) -> Tensor | None:
+    return None if bias is None else bias[columns]

@@ -7,11 +7,14 @@ product behind a norm) takes the recipe in its place, so that nothing more is sa
 Under ``torch.compile``, whose partitioner decides by itself what is computed again, nothing is left.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 class Recipe:
@@ -40,10 +43,10 @@ def leave(output: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -
     return output
 
 
-def keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
+def keep(ctx: Any, x: Tensor | None, *others: Tensor | None) -> None:
     """Save ``others``, and ``x`` or what it is made from; `kept` brings them back."""
     recipe = getattr(x, "recipe", None)
-    if recipe is None or recipe.version != x._version:  # it was changed in place since
+    if x is None or recipe is None or recipe.version != x._version:  # it was changed in place since
         ctx.recipe = None
         ctx.save_for_backward(*others, x)
         return
@@ -52,9 +55,41 @@ def keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
     ctx.save_for_backward(*others, *recipe.inputs)
 
 
-def kept(ctx: Any) -> tuple[Tensor, ...]:
+def kept(ctx: Any) -> tuple[Any, ...]:
     """What `keep` saved: the others, then ``x``."""
     saved = ctx.saved_tensors  # once: a checkpoint computes again for each time that it is asked
     if ctx.recipe is None:
         return saved
     return (*saved[: ctx.n_others], ctx.recipe.output(saved[ctx.n_others :]))
+
+
+class AttentionFollowed(TorchFunctionMode):
+    """While it lasts, what is rearranged from the output of an attention keeps a recipe: attention saves its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+        self.last: Tensor | None = None
+        self.steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.output, self.last, self.steps = y, y, ()
+        elif func in _REARRANGES and args and args[0] is self.last and y is not self.last:
+            rest = args[1:]
+            self.steps, self.last = (*self.steps, lambda t: func(t, *rest, **(kwargs or {}))), y
+            leave(y, functools.partial(_rearranged, self.steps), self.output)
+        return y
+
+
+_REARRANGES = {Tensor.transpose, Tensor.permute, Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.contiguous}
+_REARRANGES |= {torch.transpose, torch.permute, torch.reshape, torch.flatten}
+
+
+def _rearranged(steps: tuple[Callable[[Tensor], Tensor], ...], output: Tensor) -> Tensor:
+    for step in steps:
+        output = step(output)
+    return output

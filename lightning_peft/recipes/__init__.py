@@ -1,6 +1,10 @@
-"""Ready LightningModules and DataModules: images through timm, text through transformers."""
+"""Ready LightningModules and DataModules: images through timm, text through transformers, packed if you like."""
 
 from lightning_peft.recipes.images import DigitsData as DigitsData
 from lightning_peft.recipes.images import ImageClassifier as ImageClassifier
+from lightning_peft.recipes.packing import PackedData as PackedData
+from lightning_peft.recipes.packing import PackingCollate as PackingCollate
+from lightning_peft.recipes.packing import pack as pack
 from lightning_peft.recipes.text import CausalLM as CausalLM
 from lightning_peft.recipes.text import SourceCodeData as SourceCodeData
+from lightning_peft.recipes.text import SourceFunctionsData as SourceFunctionsData

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,7 @@ class SplitData(L.LightningDataModule):
     """Loaders over ``splits["train"]``, ``["val"]`` and ``["test"]``, which the ``setup`` of a subclass fills in."""
 
     splits: dict[str, Dataset[Any]]
+    collate_fn: Callable[[list[Any]], Any] | None = None  # torch's own
 
     def __init__(self, *, batch_size: int, val_fraction: float, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -53,6 +55,7 @@ class SplitData(L.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=split == "train",
             num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
             generator=torch.Generator().manual_seed(self.seed),
         )
 

@@ -1,8 +1,10 @@
 """Causal language modelling: any transformers model, and the standard library's own source to read."""
 
+import ast
 import difflib
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import StackDataset
 from torchmetrics.text import Perplexity
 
@@ -142,6 +145,79 @@ class SourceCodeData(SplitData):
         self.splits = {n: StackDataset(input_ids=rows, labels=rows) for n, rows in zip(names, shares, strict=True)}
 
 
+class SourceFunctionsData(SplitData):
+    """Functions and methods of the Python standard library, each a sample of its own length, as bytes.
+
+    A function inside another is part of that one. Batches are padded to their longest sample: ``input_ids``,
+    ``attention_mask`` and ``labels`` (B, T). `PackedData` around it packs them.
+
+    Args:
+        max_length: bytes of a sample; the end of a longer function is left out.
+        batch_size: functions per step.
+        package: read only this module or package, such as ``"email"``; by default all single-file modules.
+        val_fraction: share of the validation split; the test split takes as much again.
+        seed: decides the split and the order of the training samples.
+        num_workers: processes that load batches.
+
+    Raises:
+        ValueError: an argument is outside its range, or ``package`` has no Python source in the standard library.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_length: int = 512,
+        batch_size: int = 32,
+        package: str | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers)
+        if max_length < 2:
+            raise ValueError(
+                f"SourceFunctionsData: max_length must be >= 2, got {max_length}. One byte predicts nothing."
+            )
+        self.max_length, self.package = max_length, package
+        self.files = _source_files(package)
+
+    def setup(self, stage: str | None = None) -> None:
+        sources = [source[: self.max_length] for path in self.files for source in _functions(path.read_bytes())]
+        held_out = round(self.val_fraction * len(sources))
+        if not held_out:
+            raise ValueError(
+                f"SourceFunctionsData: {len(sources)} functions are too few for three splits. "
+                "Raise val_fraction, or choose another package."
+            )
+        samples = [torch.frombuffer(bytearray(source), dtype=torch.uint8).long() for source in sources]
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed))
+        shares = order.split([held_out, held_out, len(samples) - 2 * held_out])
+        names = "val", "test", "train"
+        rows: Any = ([samples[i] for i in share] for share in shares)
+        self.splits = {n: StackDataset(input_ids=row) for n, row in zip(names, rows, strict=True)}
+
+    @staticmethod
+    def collate_fn(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pad to the longest."""
+        rows = [sample["input_ids"] for sample in samples]
+        masks = [torch.ones_like(row) for row in rows]
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "attention_mask": pad_sequence(masks, batch_first=True),
+            "labels": pad_sequence(rows, batch_first=True, padding_value=IGNORE),
+        }
+
+
+def _functions(source: bytes) -> Iterator[bytes]:
+    lines = source.splitlines(keepends=True)
+    nodes: list[ast.AST] = [ast.parse(source)]
+    for node in nodes:  # it grows meanwhile
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield b"".join(lines[node.lineno - 1 : node.end_lineno])
+        else:
+            nodes += ast.iter_child_nodes(node)
+
+
 def _source_files(package: str | None) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     if package is None:
@@ -150,7 +226,7 @@ def _source_files(package: str | None) -> list[Path]:
     if package not in sys.stdlib_module_names or not files:
         near = difflib.get_close_matches(package, sys.stdlib_module_names)
         raise ValueError(
-            f"SourceCodeData: {package!r} has no Python source in the standard library. "
+            f"package {package!r} has no Python source in the standard library. "
             f"Nearest names: {', '.join(near) or 'none'}. Give the name of a top-level module or package."
         )
     return files

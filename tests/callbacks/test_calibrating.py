@@ -56,11 +56,17 @@ def test_a_start_is_that_of_calibration_by_hand(method: Any, cls: type[Lit], whe
         torch.testing.assert_close(factor, adapter.lora_A, rtol=1e-4, atol=1e-5)
 
 
+def owning() -> DataLoader:
+    """With a generator of its own."""
+    return DataLoader(loader().dataset, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
 @every_method
-def test_the_order_of_the_data_is_that_of_a_run_without_calibration(method: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [shuffled, owning])
+def test_the_order_of_the_data_is_that_of_a_run_without_calibration(method: Any, data: Any, tmp_path: Path) -> None:
     plain, measured = Seen(), Seen()
-    run(tmp_path, LoRA(r=2), plain)
-    run(tmp_path, method, measured)
+    run(tmp_path, LoRA(r=2), plain, data=data())
+    run(tmp_path, method, measured, data=data())
     assert len(plain.batches) == len(measured.batches) == 12
     assert all(torch.equal(a, b) for a, b in zip(plain.batches, measured.batches, strict=True))
 

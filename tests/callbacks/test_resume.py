@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -40,16 +41,19 @@ def shuffled() -> DataLoader:
     return DataLoader(loader().dataset, batch_size=8, shuffle=True)
 
 
-def run(folder: Path, method: Method, *callbacks: L.Callback, data: Any = None, **options: Any) -> L.LightningModule:
+def run(
+    folder: Path, method: Method, *callbacks: L.Callback, data: Any = None, cls: type[Lit] = Scheduled, **options: Any
+) -> L.LightningModule:
     """Two epochs of six shuffled batches with dropout, two batches a step."""
     torch.manual_seed(0)
     random.seed(0)
-    module = Scheduled()
+    module = cls()
     resume = {"ckpt_path": options.pop("ckpt_path")} if "ckpt_path" in options else {}
     defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     peft = PEFT(method, summary=False)
     made = trainer(folder, peft, *callbacks, **{**defaults, **options}, enable_checkpointing=bool(callbacks))
-    made.fit(module, shuffled() if data is None else data, loader(), **resume)
+    data = shuffled() if data is None and not is_overridden("train_dataloader", module) else data
+    made.fit(module, data, loader(), **resume)
     return module
 
 
@@ -164,3 +168,54 @@ def test_a_loader_that_keeps_its_place_is_left_to_itself(tmp_path: Path) -> None
     run(tmp_path, LoRA(r=2), second, data=data(), ckpt_path=tmp_path / "step=2.ckpt")
     assert len(second.batches) == 8
     assert all(torch.equal(a, b) for a, b in zip(first.batches[4:], second.batches, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_with_a_generator_of_its_own_goes_on_where_it_was(workers: int, tmp_path: Path) -> None:
+    def data() -> list[DataLoader]:
+        generators = (torch.Generator().manual_seed(seed) for seed in (7, 8))
+        options = {"batch_size": 8, "shuffle": True, "num_workers": workers}
+        return [DataLoader(loader().dataset, generator=g, **options) for g in generators]
+
+    class OfTwo(Scheduled):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return sum(super(OfTwo, self).training_step(one, batch_idx) for one in batch)
+
+    run_it = functools.partial(run, tmp_path, LoRA(r=2), cls=OfTwo)
+    through = run_it(every_batch(tmp_path), data=data())
+    for k in (1, 3, 4):  # in the first epoch, at its end, and in the second
+        assert_equal(run_it(data=data(), ckpt_path=tmp_path / f"step={k}.ckpt"), through)
+
+
+class Reloading(Scheduled):
+    """Makes a loader for each epoch, with a generator of its own."""
+
+    def train_dataloader(self) -> DataLoader:
+        generator = torch.Generator().manual_seed(7 + self.current_epoch)
+        return DataLoader(loader().dataset, batch_size=8, shuffle=True, generator=generator)
+
+
+def test_loaders_that_are_made_for_each_epoch_go_on_where_they_were(tmp_path: Path) -> None:
+    run_it = functools.partial(run, tmp_path, LoRA(r=2), cls=Reloading, reload_dataloaders_every_n_epochs=1)
+    through = run_it(every_batch(tmp_path))
+    for k in (1, 4):
+        assert_equal(run_it(ckpt_path=tmp_path / f"step={k}.ckpt"), through)
+
+
+class Estimating(Scheduled):
+    """Asks for the number of steps when optimizers are made: Lightning goes to the data then, before ``fit`` starts."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = AdamW(self.parameters(), lr=0.02)
+        return [optimizer], [CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_asked_for_its_length_goes_on_where_it_was(workers: int, tmp_path: Path) -> None:
+    def data() -> DataLoader:
+        return DataLoader(loader().dataset, batch_size=8, shuffle=True, num_workers=workers)
+
+    through = run(tmp_path, LoRA(r=2), every_batch(tmp_path), data=data(), cls=Estimating)
+    for k in (1, 4):
+        resumed = run(tmp_path, LoRA(r=2), data=data(), cls=Estimating, ckpt_path=tmp_path / f"step={k}.ckpt")
+        assert_equal(resumed, through)

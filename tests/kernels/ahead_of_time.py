@@ -21,11 +21,13 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 
 class Built(NamedTuple):
-    """What came out: spilled bytes, shared memory in bytes, and the assembly."""
+    """Registers of a thread, bytes spilled, bytes of shared memory, assembly, and (rows, dtype) of each product."""
 
+    registers: int
     spills: int
     shared: int
     assembly: str
+    products: list[tuple[int, str]]
 
 
 def build(
@@ -51,21 +53,34 @@ def build(
         },
     )
     built = triton.compile(source, target=TARGETS[target], options={**options, **OPTIONS})
+    products = _products(built.asm["ttir"])
     if target == "gfx942":
         text = built.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
-        return Built(spills, built.metadata.shared, text)
-    return Built(_spills(built.asm["ptx"], target), built.metadata.shared, built.asm["ptx"])
+        registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        return Built(registers, spills, built.metadata.shared, text, products)
+    registers, spills = _assembled(built.asm["ptx"], target)
+    return Built(registers, spills, built.metadata.shared, built.asm["ptx"], products)
 
 
-def _spills(ptx: str, target: str) -> int:
+def _products(ttir: str) -> list[tuple[int, str]]:
+    """Of the left factor of each product, as in ``tt.dot %a, %b, %c : tensor<128x64xbf16> * tensor<64x128xbf16>``."""
+    found = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)>", ttir)
+    if len(found) != ttir.count("tt.dot "):
+        raise ValueError(f"not all products can be read: {found}")
+    return [(int(rows), dtype) for rows, dtype in found]
+
+
+def _assembled(ptx: str, target: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = int(target.removeprefix("sm_"))
     name = f"{target}a" if arch >= 90 else target
     command = [_ptxas(get_ptxas, arch), "-v", f"--gpu-name={name}", "-o", "/dev/null", "/dev/stdin"]
     done = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
+    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
 
 
 @functools.cache

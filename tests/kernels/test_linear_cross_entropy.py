@@ -1,82 +1,29 @@
 """linear_cross_entropy against F.cross_entropy of all logits: whole, in tiles of rows, in tiles of the vocabulary."""
 
-import contextlib
-import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.kernels import linear_cross_entropy
-from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
-
-module = importlib.import_module("lightning_peft.kernels.linear_cross_entropy")
-if INTERPRETED:  # several programs per row, and several blocks in each
-    module.BLOCK, module.N_BLOCKS = 8, 2
-twin_only = pytest.mark.skipif(INTERPRETED, reason="of the twin, or of what both share")
-
-
-@contextlib.contextmanager
-def tiled(mode: str, V: int, size: int = 4) -> Iterator[None]:
-    """As if memory were short: five rows of logits at a time, or five rows of a third of the vocabulary."""
-    set_to = {
-        "whole": {},
-        "chunked": {"FEWEST_ROWS": 1, "LOGITS_BUDGET": 5 * V * size},
-        "cut": {"FEWEST_ROWS": 10**9, "CUT_ROWS": 5, "LOGITS_BUDGET": 5 * (V // 3 + 1) * size},
-    }[mode]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in set_to.items():
-            patch.setattr(module, name, value)
-        yield
-
-
-MODES = ["chunked", "cut"] if INTERPRETED else ["whole", "chunked", "cut"]
-every_mode = pytest.mark.parametrize("mode", MODES)
-
-
-def plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, ignore_index: int = -100,
-    label_smoothing: float = 0.0, softcap: float | None = None, z_loss: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """The losses of all rows, from all logits."""
-    logits = F.linear(x, weight, bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    losses = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing,
-        reduction="none",
-    )  # fmt: skip
-    return losses.view(labels.shape) + z_loss * logits.logsumexp(-1).square() * (labels != ignore_index)
-
-
-def batch(
-    shape: tuple[int, ...], V: int, dtype: torch.dtype = torch.float32, *, head_trains: bool = False, bias: bool = True
-) -> tuple[Any, ...]:
-    """x, weight, bias and labels, every fourth of which is to be ignored."""
-    *rows, D = shape
-    x = torch.randn(shape, dtype=dtype).requires_grad_()
-    weight = torch.randn(V, D, dtype=dtype).requires_grad_(head_trains)
-    b = torch.randn(V, dtype=dtype).requires_grad_(head_trains) if bias else None
-    labels = torch.randint(V, rows)
-    labels.view(-1)[1::4] = -100
-    return x, weight, b, labels
-
-
-def compare(inputs: tuple[Any, ...], upstream: Tensor, **options: Any) -> None:
-    """Losses and gradients by the rule, for the losses as for the logits that they come from."""
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(x, weight, labels, bias, reduction="none", **options).to(x.dtype)
-
-    check(ours, lambda x, *rest: plain(x, *rest, **options).to(x.dtype), inputs, upstream)
-
+from tests.kernels.linear_cross_entropy import (
+    MODES,
+    batch,
+    compare,
+    every_mode,
+    in_products,
+    in_rows,
+    kernels_only,
+    module,
+    plain,
+    tiled,
+    twin_only,
+)
+from tests.kernels.rule import INTERPRETED, every_dtype, upstreams
 
 OPTIONS = {
     "plain": {},
@@ -85,8 +32,6 @@ OPTIONS = {
     "z": {"z_loss": 1e-2},
     "all": {"label_smoothing": 0.2, "softcap": 8.0, "z_loss": 1e-3, "ignore_index": 3},
 }
-if INTERPRETED:
-    OPTIONS = {name: OPTIONS[name] for name in ("plain", "all")}
 
 
 @every_dtype
@@ -125,9 +70,11 @@ def test_only_what_trains_gets_a_gradient(trained: str, mode: str) -> None:
         compare((*inputs, labels), torch.randn(6))
 
 
-def test_inputs_with_gaps() -> None:
-    x, weight, bias = torch.randn(6, 10)[:, ::2].requires_grad_(), torch.randn(5, 7).T, torch.randn(14)[::2]
-    compare((x, weight, bias, torch.randint(7, (2, 6))[1]), torch.randn(6))
+@every_mode
+def test_inputs_with_gaps(mode: str) -> None:
+    x, weight, bias = torch.randn(6, 22)[:, ::2].requires_grad_(), torch.randn(11, 7).T, torch.randn(14)[::2]
+    with tiled(mode, 7):
+        compare((x, weight, bias, torch.randint(7, (2, 6))[1]), torch.randn(6))
     labels = torch.randint(7, (12,), dtype=torch.uint8)[::2]
     with tiled("cut", 7):
         losses = linear_cross_entropy(x, weight, labels, reduction="none")
@@ -153,13 +100,15 @@ def test_reductions() -> None:
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_nothing_but_ignored_rows_is_zero(head_trains: bool, num_items: Any) -> None:
     x, weight, bias, labels = batch((5, 4), 9, head_trains=head_trains)
+    labels[:] = -100
     for rows in (slice(None), slice(0, 0)):
-        loss = linear_cross_entropy(
-            x[rows], weight, torch.full_like(labels, -100)[rows], bias, z_loss=0.1, num_items=num_items
-        )
-        assert loss.item() == 0
-        for gradient in torch.autograd.grad(loss, [t for t in (x, weight, bias) if t.requires_grad]):
-            assert torch.equal(gradient, torch.zeros_like(gradient))
+        for budget in (None, 0):
+            loss = linear_cross_entropy(
+                x[rows], weight, labels[rows], bias, z_loss=0.1, num_items=num_items, budget=budget
+            )
+            assert loss.item() == 0
+            for gradient in torch.autograd.grad(loss, [t for t in (x, weight, bias) if t.requires_grad]):
+                assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @every_mode
@@ -175,11 +124,31 @@ def test_ignored_rows_get_nothing(mode: str) -> None:
     assert (dx[labels >= 0] != 0).all()
 
 
-@twin_only
-def test_rows_of_a_tile_can_be_read_in_wide_words() -> None:
-    tile = module._Tiles(torch.randn(3, 4).half(), torch.randn(37, 4).half(), 2, 37).make(slice(1, 3), slice(5, 30))
-    assert tile.shape == (2, 25)
-    assert tile.stride() == (48, 1)
+@every_mode
+def test_labels_at_the_borders_of_blocks_and_rows_that_nobody_asks_for(mode: str) -> None:
+    V = 29  # blocks of 8 in the kernels: the last is narrower, and so is the last tile
+    x, weight, bias, labels = batch((13, 5), V)
+    labels[:] = torch.tensor([0, 7, 8, 15, -100, -100, -100, -100, 16, 23, 24, 27, 28])  # rows 4 to 7 are one block
+    with tiled(mode, V):
+        compare((x, weight, bias, labels), torch.randn(13), label_smoothing=0.1, z_loss=1e-2)
+
+
+@kernels_only
+def test_kernels_of_cut_mode_need_no_product_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._Tiles, "make", None)
+    with tiled("cut", 19):
+        compare(batch((6, 4), 19), torch.randn(6))
+
+
+@kernels_only
+def test_a_kernel_writes_into_its_tile_and_nowhere_else() -> None:
+    memory = torch.full((7, 24), 7.0)
+    tile, per_row = memory[1:6, 2:13], (torch.zeros(5), torch.full((5,), 11.0).log(), torch.ones(5))
+    x, weight, labels = torch.zeros(5, 3), torch.zeros(11, 3), torch.arange(5)
+    in_products.differentiate(tile, x, weight, None, 0, labels, *per_row, 11, in_rows.Loss(-100, 0.0, None, 0.0))
+    expected = torch.full((7, 24), 7.0)
+    expected[1:6, 2:13] = 1 / 11 - torch.eye(5, 11)
+    torch.testing.assert_close(memory, expected)
 
 
 @twin_only
@@ -231,7 +200,7 @@ def test_labels_out_of_range(mode: str, monkeypatch: pytest.MonkeyPatch) -> None
             with pytest.raises(ValueError, match=rf"labels must be 0 to 10 or ignore_index=-100, got {wrong} "):
                 linear_cross_entropy(x, weight, labels, bias)
     monkeypatch.setattr(module, "_check_range", lambda *_: None)  # on an accelerator it would have to wait
-    for wrong in (11, -1):
+    for wrong in (11, -1, 2**32 + 3):
         labels[2] = wrong
         with tiled(mode, 11):
             losses = linear_cross_entropy(x, weight, labels, bias, reduction="none")
@@ -264,96 +233,6 @@ def test_autocast_chooses_the_dtype_of_the_product() -> None:
         assert torch.equal(wide, narrow.float())
 
 
-def saved_bytes(loss_of: Any) -> int:
-    """What autograd keeps for the backward, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss_of()
-    return sum(storages.values())
-
-
-@twin_only
-def test_what_is_saved_for_backward() -> None:
-    T, D, V = 64, 16, 500
-    x, weight, bias, labels = batch((T, D), V)
-    small = 64  # the denominator of the mean
-    frozen = saved_bytes(lambda: linear_cross_entropy(x, weight, labels, bias))
-    assert 4 * T * D <= frozen <= 4 * T * D + small
-    weight.requires_grad_()
-    trained = saved_bytes(lambda: linear_cross_entropy(x, weight, labels, bias))
-    inputs = 4 * (T * D + V * D + V) + 8 * T
-    assert inputs <= trained <= inputs + 8 * T + small
-
-
-def peak_bytes(function: Any) -> int:
-    """The most that is allocated at a time, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    held = peak = 0
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-@twin_only
-@pytest.mark.parametrize("head", ["frozen", "trained"])
-@pytest.mark.parametrize("mode", ["chunked", "cut"])
-def test_logits_never_exist_as_a_whole(mode: str, head: str) -> None:
-    T, D, V = 512, 8, 2000  # all logits: 4 MB
-    x, weight, bias, labels = batch((T, D), V, head_trains=head == "trained")
-    of_all = peak_bytes(lambda: plain(x, weight, bias, labels).mean().backward())
-    assert of_all > 4 * T * V
-    with tiled(mode, V):
-        module.LOGITS_BUDGET = 128 * 1024
-        ours = peak_bytes(lambda: linear_cross_entropy(x, weight, labels, bias).backward())
-    inputs = 4 * (T * D + V * D + V)
-    assert ours < 4 * 128 * 1024 + 3 * inputs < of_all / 4
-
-
-@twin_only
-@pytest.mark.parametrize(("trained", "forward", "backward"), [("x", 2, 0), ("x weight", 1, 3), ("weight", 1, 2)])
-def test_products_for_what_is_frozen_are_left_out(trained: str, forward: int, backward: int) -> None:
-    x, weight, _, labels = batch((4, 3), 9)
-    x, weight = x.detach().requires_grad_("x" in trained), weight.requires_grad_("weight" in trained)
-
-    def products(function: Any) -> tuple[int, Any]:
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            result = function()
-        return sum(event.name == "aten::mm" for event in profiled.events()), result  # type: ignore[union-attr]
-
-    made, loss = products(lambda: linear_cross_entropy(x, weight, labels))
-    assert made == forward
-    assert products(loss.backward)[0] == backward
-    with torch.no_grad():
-        assert products(lambda: linear_cross_entropy(x, weight, labels))[0] == 1
-        torch.testing.assert_close(linear_cross_entropy(x, weight, labels), loss.detach())
-    assert products(lambda: linear_cross_entropy(x.detach(), weight.detach(), labels))[0] == 1
-
-
-@twin_only
-@pytest.mark.parametrize("head_trains", [False, True])
-def test_nothing_waits_for_the_accelerator(head_trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    monkeypatch.setattr(module, "runs_triton", lambda x: False)
-    with FakeTensorMode():  # reading a number from one of its tensors is an error
-        x, labels = torch.randn(6, 4, device="cuda"), torch.randint(9, (6,), device="cuda")
-        weight, bias = torch.randn(9, 4, device="cuda"), torch.randn(9, device="cuda")
-        with tiled("chunked", 9):
-            rows = module._forward._init_fn(x, weight, bias, labels, -100, 0.1, 4.0, 0.1, not head_trains)
-            module._backward._init_fn(
-                rows[0], x, weight, bias, labels, *rows[1:3], -100, 0.1, 4.0, 0.1, True, head_trains, head_trains
-            )
-        assert linear_cross_entropy(x, weight, labels, num_items=torch.ones((), device="cuda")).shape == ()
-
-
 @twin_only
 def test_recomputed_activations_give_the_same() -> None:
     x, weight, bias, labels = batch((4, 3), 9)
@@ -384,11 +263,11 @@ def test_compiled_is_the_same(ignored: float, head_trains: bool) -> None:
 def test_the_operation_is_well_behaved() -> None:
     for head_trains in (False, True):
         x, weight, bias, labels = batch((5, 3), 7, head_trains=head_trains)
-        rest = (-100, 0.1, 5.0, 0.1, not head_trains)
+        rest = (-100, 0.1, 5.0, 0.1, module.LOGITS_BUDGET, not head_trains)
         torch.library.opcheck(module._forward, (x, weight, bias, labels, *rest))
         torch.library.opcheck(
             module._forward,
-            (x.detach()[:, :1].T, weight.detach()[:, :1].expand(7, 5), None, labels[:1], *rest[:4], False),
+            (x.detach()[:, :1].T, weight.detach()[:, :1].expand(7, 5), None, labels[:1], *rest[:5], False),
         )
         inputs = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
         for mode in MODES:
@@ -459,6 +338,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ((x, weight, labels), {"reduction": "sum", "num_items": 3}, "num_items is what reduction='mean' divides by"),
         ((x, weight, labels), {"num_items": torch.ones(2)}, "num_items must be one number"),
         ((x, weight, labels), {"num_items": -1}, "num_items must be >= 0"),
+        ((x, weight, labels), {"budget": -1}, "budget must be a number of bytes, 0 or more, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(*arguments, **options)

@@ -1,5 +1,7 @@
 """The text recipe: which bytes a window holds, what is predicted from what, and how values are averaged."""
 
+import inspect
+import json
 import sys
 import sysconfig
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch.nn import functional as F
 
-from lightning_peft.recipes import CausalLM, SourceCodeData
+from lightning_peft.recipes import CausalLM, SourceCodeData, SourceFunctionsData
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 LLAMA = {
@@ -119,6 +121,54 @@ def test_all_modules_come_in_the_order_of_their_names():
 def test_wrong_source_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ready(**arguments)
+
+
+# --- functions ---
+
+
+def functions_of(**arguments):
+    data = SourceFunctionsData(**{"package": "json", "max_length": 20_000} | arguments)
+    data.setup()
+    return {name: [bytes(row["input_ids"].tolist()) for row in split] for name, split in data.splits.items()}
+
+
+def test_samples_are_functions_and_methods_each_once():
+    samples = sum(functions_of().values(), [])
+    known = [json.dumps, json.decoder.py_scanstring, json.JSONEncoder.default, json.encoder._make_iterencode]
+    assert all(inspect.getsource(function).encode() in samples for function in known)
+    assert len(set(samples)) == len(samples)
+    assert not [sample for sample in samples if sample.lstrip().startswith(b"def _iterencode_list(")]  # it is inside
+
+
+def test_long_functions_lose_their_end_and_splits_have_the_asked_sizes():
+    whole, cut = functions_of(val_fraction=0.2), functions_of(val_fraction=0.2, max_length=200)
+    assert {name: [row[:200] for row in rows] for name, rows in whole.items()} == cut
+    assert len(whole["val"]) == len(whole["test"]) == round(0.2 * sum(map(len, whole.values())))
+
+
+def test_functions_come_padded_to_the_longest_of_a_batch():
+    data = SourceFunctionsData(package="json", batch_size=3, max_length=20_000)
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    rows = [row["input_ids"] for row in data.splits["val"]][:3]
+    assert batch["input_ids"].shape[1] == max(map(len, rows))
+    for i, row in enumerate(rows):
+        assert torch.equal(batch["input_ids"][i][batch["attention_mask"][i].bool()], row)
+        assert torch.equal(batch["labels"][i][: len(row)], row)
+        assert batch["labels"][i][len(row) :].eq(-100).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"package": "jsno"}, "'jsno' has no Python source.*Nearest names: json"),
+        ({"max_length": 1}, "max_length must be >= 2, got 1"),
+        ({"val_fraction": 0.01}, "functions are too few for three splits. Raise val_fraction"),
+    ],
+)
+def test_wrong_function_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        functions_of(**arguments)
 
 
 # --- language model ---

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
 
 from lightning_peft import EVA, PEFT, SSF, CorDA, LoRA, LoRAGA, PEFTDDPStrategy, inject
 from lightning_peft.engine import calibrate
+from lightning_peft.recipes import PackedData
 from tests.strategies.launch import error_of, finish, made, rank, values
 from tests.strategies.nets import BLOCKS, METHOD, Manual, Net, Normed, Projections, Toggle, switching
 from tests.strategies.nets import data as all_data
@@ -224,6 +225,26 @@ def torch_ddp() -> None:
     facts["peft_ddp"] = values(ours)
 
 
+class OfTokens(Net):
+    """Keeps the tokens that it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(batch["input_ids"])
+        return self(F.one_hot(batch["input_ids"] % 6, 6).float()).square().mean()
+
+
+def packed() -> None:
+    rows = [torch.arange(10 * i, 10 * i + 1 + i % 7) for i in range(1, 23)]
+    inner = L.LightningDataModule.from_datasets(StackDataset(input_ids=rows), batch_size=4)
+    module = OfTokens()
+    made(PEFT(METHOD, summary=False), strategy="ddp").fit(module, PackedData(inner, max_length=7))
+    facts["packed"], facts["packed tokens"] = values(module), torch.cat(module.seen)
+
+
 if __name__ == "__main__":
     for part in (
         plain,
@@ -237,6 +258,7 @@ if __name__ == "__main__":
         synced_norm,
         torch_ddp,
         calibrated,
+        packed,
         errors,
     ):
         torch.manual_seed(0)

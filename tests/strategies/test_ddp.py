@@ -34,6 +34,7 @@ EXACT = {"rtol": 0, "atol": 0}
 ROUNDED = {"rtol": 1e-4, "atol": 2e-6}  # a mean of two means is rounded in another order
 RUNS = [
     "plain", "accumulated", "manual", "toggled", "uneven", "statistics", "full fine-tuning", "synced norm", "peft_ddp",
+    "packed",
 ]  # fmt: skip
 
 
@@ -53,6 +54,12 @@ def test_all_ranks_start_at_what_the_first_one_measured(
     own = ranks[1][f"{method} alone"]  # another, as the data of the second rank are
     factors = [(value, own[key]) for key, value in ranks[0][f"{method} alone"].items() if key.endswith("lora_A")]
     assert any(one.shape != other.shape or not torch.allclose(one, other, atol=0.1) for one, other in factors)
+
+
+def test_ranks_share_packed_documents(ranks: list[dict[str, Any]]) -> None:
+    tokens = [token for rank in ranks for token in rank["packed tokens"].flatten().tolist() if token]
+    assert sorted(tokens) == [token for i in range(1, 23) for token in range(10 * i, 10 * i + 1 + i % 7)]
+    assert all(rank["packed tokens"].shape[1] == 7 for rank in ranks)
 
 
 REFERENCES: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
 from lightning_peft.engine.limits import NonNegative
+from lightning_peft.kernels.scale_shift import scale_shift
 
 
 class ScaleShift(Adapter):
@@ -39,6 +40,8 @@ class ScaleShift(Adapter):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """scale * layer(x) + shift along the channel axis."""
         y = layer(x)
+        if not self.axes_after:
+            return scale_shift(y, self.scale, self.shift)
         spatial = (..., *[None] * self.axes_after)
         return (y * self.scale[spatial] + self.shift[spatial]).to(y.dtype)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv, LowRankEmbedding
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
+from lightning_peft.kernels import dora_norm
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -31,13 +32,10 @@ class Decomposed(LowRank):
         super().reset_parameters(layer, generator)
         self.magnitude.copy_(self.norm(layer.weight))
 
-    @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
-        """(d_out,): norm of each row of W + scaling * B A, from r x r products, without building the sum."""
-        a, b = self.lora_A.flatten(1), self.scaling * self.lora_B
-        w = weight.to(a.dtype).flatten(1)
-        squared = w.square().sum(1) + 2 * ((w @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
-        return squared.clamp(min=torch.finfo(a.dtype).tiny).sqrt()
+        """(d_out,): norm of each row of W + scaling * B A, without building the sum."""
+        norm = dora_norm(weight.flatten(1), self.lora_A.flatten(1), self.lora_B, self.scaling)
+        return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """The base output is rescaled in place of computing it again from a new weight."""
