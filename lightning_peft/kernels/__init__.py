@@ -1,4 +1,4 @@
-"""Fast operations, one file each: the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
+"""Fast operations: of each the formula, a twin in plain PyTorch, and a Triton kernel for accelerators."""
 
 from .deferred_logits import deferred_linear as deferred_linear
 from .dora_norm import dora_norm as dora_norm

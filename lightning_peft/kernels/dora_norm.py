@@ -94,9 +94,10 @@ if HAS_TRITON:
         tl.store(norm_ptr + rows, tl.sqrt(tl.maximum(squared, 0.0)), mask=rows < N)
 
     def _tile(r: int, half: bool) -> dict[str, int]:
-        """As much of K at a time as fits into registers; products in float32 need more of them."""
+        """As much of K at a time as fits into registers; products in float32 need more of them, and of threads."""
         R = triton.next_power_of_2(max(r, 16))
-        return {"BLOCK_N": 32, "BLOCK_K": min(128, 8192 // R) if half else max(16, min(64, 2048 // R)), "R": R}
+        block = min(128, 8192 // R) if half else max(16, min(64, 2048 // R))
+        return {"BLOCK_N": 32, "BLOCK_K": block, "R": R, "num_warps": 4 if half else 8}
 
     def _launch(weight: Tensor, a: Tensor, b: Tensor, b_gram: Tensor) -> Tensor:
         weight, a, b = weight.contiguous(), a.contiguous(), b.contiguous()
@@ -106,7 +107,7 @@ if HAS_TRITON:
         if N:
             with torch.cuda.device_of(weight):
                 _dora_norm[(triton.cdiv(N, tile["BLOCK_N"]),)](
-                    weight, a, b, b_gram, norms, N, K, a.shape[0], **tile, num_warps=4, num_stages=3, **OPTIONS
+                    weight, a, b, b_gram, norms, N, K, a.shape[0], **tile, num_stages=3, **OPTIONS
                 )  # fmt: skip
         return norms
 
@@ -115,8 +116,8 @@ if HAS_TRITON:
         (
             _dora_norm,
             [weight, a, "*fp32", "*fp32", "*fp32", *["i32"] * 3],
-            _tile(r, half=weight == a != "*fp32"),
-            {"num_warps": 4, "num_stages": 3},
+            {key: value for key, value in _tile(r, half=weight == a != "*fp32").items() if key.isupper()},
+            {"num_warps": _tile(r, half=weight == a != "*fp32")["num_warps"], "num_stages": 3},
         )
         for weight, a in (("*bf16", "*bf16"), ("*bf16", "*fp32"), ("*fp32", "*fp32"))
         for r in (8, 24, 64, 100, 256)

@@ -263,7 +263,7 @@ if HAS_TRITON:
 
     def _tile(dtype: torch.dtype) -> dict[str, int]:
         if dtype == torch.float32:
-            return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_T": 16, "num_warps": 4, "num_stages": 2}
+            return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_T": 16, "num_warps": 8, "num_stages": 2}
         return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
 
     def _launch(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
