@@ -61,6 +61,27 @@ class Net(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.02) if self.adam else torch.optim.SGD(self.parameters(), lr=0.2)
 
 
+class Smooth(Block):
+    """A block of what is computed by our operations while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.act, self.behind = nn.LayerNorm(6), nn.GELU(), nn.RMSNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.behind(self.down(self.act(self.up(self.before(x)))))
+
+
+class SmoothNet(Net):
+    """The same net of such blocks."""
+
+    def __init__(self, adam: bool = False) -> None:
+        super().__init__(adam)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.blocks = nn.ModuleList(Smooth() for _ in range(3))
+
+
 def adapters_by_turns(module: Any, step: int) -> None:
     """The adapters of one block are frozen; of which one depends on the step."""
     for i, block in enumerate(module.blocks):
@@ -104,10 +125,11 @@ def by_hand(
     clip: float | None = None,
     before: Callable[..., None] | None = None,
     batches: int | None = None,
+    net: type[Net] = Net,
 ) -> dict[str, Tensor]:
     """The state after the same training in one process, in a plain loop over the whole batches."""
     torch.manual_seed(0)
-    module = inject(Net(adam), method)
+    module = inject(net(adam), method)
     optimizer = module.configure_optimizers()
     for step, batch in enumerate(list(b for _ in range(epochs) for b in data(batch_size))[:batches]):
         if before is not None:

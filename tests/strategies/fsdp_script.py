@@ -15,7 +15,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader
 
 from lightning_peft import PEFT, DoRA, LoRA, PEFTFSDPStrategy, disabled, inject
-from tests.strategies.blocks import METHOD, SAMPLED, ByTurns, Net, adapters_by_turns, blocks_by_epoch, blocks_by_turns
+from tests.strategies.blocks import (
+    METHOD,
+    SAMPLED,
+    ByTurns,
+    Net,
+    SmoothNet,
+    adapters_by_turns,
+    blocks_by_epoch,
+    blocks_by_turns,
+)
 from tests.strategies.launch import error_of, finish, made, rank
 from tests.strategies.nets import data as all_data
 
@@ -209,6 +218,8 @@ def other_trainings() -> None:
     module = Net()
     made(strategy=PEFTFSDPStrategy(METHOD), accumulate_grad_batches=2).fit(module, data(2))
     facts["accumulated"] = whole(module)
+    made(strategy=PEFTFSDPStrategy(METHOD)).fit(module := SmoothNet(adam=True), data())
+    facts["by our operations"] = whole(module)
     made(ByTurns(adapters_by_turns), strategy=PEFTFSDPStrategy(METHOD), max_epochs=2).fit(
         module := Net(adam=True), data()
     )

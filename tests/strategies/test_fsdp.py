@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lightning_peft import PEFT, DoRA, PEFTFSDPStrategy, get_method, inject, load_adapter
 from tests.callbacks.nets import trainer
-from tests.strategies.blocks import METHOD, SAMPLED, Net, adapters_by_turns, blocks_by_epoch, blocks_by_turns, by_hand
+from tests.strategies.blocks import (
+    METHOD,
+    SAMPLED,
+    Net,
+    SmoothNet,
+    adapters_by_turns,
+    blocks_by_epoch,
+    blocks_by_turns,
+    by_hand,
+)
 from tests.strategies.launch import launched
 from tests.strategies.nets import data
 
@@ -51,6 +60,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "from one device": {"adam": True, "epochs": 2},
     "injected before": {"adam": True},
     "injected after": {"adam": True},
+    "by our operations": {"adam": True, "net": SmoothNet},
     "plain early": {},
     "accumulated": {},
     "by turns": {"adam": True, "epochs": 2, "before": adapters_by_turns},
@@ -71,7 +81,7 @@ def test_ranks_end_bit_for_bit_equal(run: str, ranks: list[dict[str, Any]]) -> N
 def test_two_ranks_train_as_one_process_does_on_both_their_batches(run: str, ranks: list[dict[str, Any]]) -> None:
     expected = by_hand(**REFERENCES[run])
     torch.manual_seed(0)
-    start = inject(Net(), REFERENCES[run].get("method", METHOD)).state_dict()
+    start = inject(REFERENCES[run].get("net", Net)(), REFERENCES[run].get("method", METHOD)).state_dict()
     assert any(not torch.allclose(value, start[key], **ROUNDED) for key, value in expected.items())
     same(ranks[0][run], dict(expected), **ROUNDED)
 
