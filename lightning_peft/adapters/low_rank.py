@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_peft.engine import Adapter, Layer, Target
 from lightning_peft.kernels import lora_product
+from lightning_peft.kernels.recipes import leave
 
 
 class LowRank(Adapter):
@@ -50,7 +51,8 @@ class LowRank(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors of the delta: (n, d_in, ...) and (d_out, n), the scaling in the second."""
-        return self.lora_A, self.scaling * self.lora_B
+        # made again where it is needed: the parameter is there anyway
+        return self.lora_A, leave(self.scaling * self.lora_B, torch.mul, self.scaling, self.lora_B)
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """Factors of the whole change, as `factors`, for a plain low-rank adapter that computes the same."""

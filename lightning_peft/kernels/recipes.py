@@ -8,6 +8,7 @@ Under ``torch.compile``, whose partitioner decides by itself what is computed ag
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,23 +45,25 @@ def leave(output: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -
 
 
 def keep(ctx: Any, x: Tensor | None, *others: Tensor | None) -> None:
-    """Save ``others``, and ``x`` or what it is made from; `kept` brings them back."""
-    recipe = getattr(x, "recipe", None)
-    if x is None or recipe is None or recipe.version != x._version:  # it was changed in place since
-        ctx.recipe = None
-        ctx.save_for_backward(*others, x)
-        return
-    recipe.users += 1
-    ctx.recipe, ctx.n_others = recipe, len(others)
-    ctx.save_for_backward(*others, *recipe.inputs)
+    """Save ``others`` and ``x``, or what they are made from; `kept` brings them back."""
+    ctx.recipes, saved = [], list[Tensor | None]()
+    for each in (*others, x):
+        recipe = getattr(each, "recipe", None)
+        if each is None or recipe is None or recipe.version != each._version:  # it was changed in place since
+            recipe, inputs = None, (each,)
+        else:
+            recipe.users += 1
+            inputs = recipe.inputs
+        ctx.recipes.append((recipe, len(inputs)))
+        saved += inputs
+    ctx.save_for_backward(*saved)
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:
     """What `keep` saved: the others, then ``x``."""
-    saved = ctx.saved_tensors  # once: a checkpoint computes again for each time that it is asked
-    if ctx.recipe is None:
-        return saved
-    return (*saved[: ctx.n_others], ctx.recipe.output(saved[ctx.n_others :]))
+    saved = iter(ctx.saved_tensors)  # once: a checkpoint computes again for each time that it is asked
+    given = [(recipe, tuple(itertools.islice(saved, n))) for recipe, n in ctx.recipes]
+    return tuple(inputs[0] if recipe is None else recipe.output(inputs) for recipe, inputs in given)
 
 
 class AttentionFollowed(TorchFunctionMode):

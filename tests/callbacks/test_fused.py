@@ -200,13 +200,19 @@ def test_the_projection_behind_an_attention_saves_no_input() -> None:
     for name, module in model.named_modules():
         if name.endswith("o_proj"):
             module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    saved: set[int] = set()
-    with (
-        fused(model),
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.untyped_storage().data_ptr()) or t, lambda t: t),
-    ):
+    shapes: dict[int, torch.Size] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        shapes[t.untyped_storage().data_ptr()] = t.shape
+        return t
+
+    with fused(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = its_loss(model, tokens())
+    saved = shapes.keys()
     assert len(inputs) == 2
+    factors = {p.untyped_storage().data_ptr() for n, p in model.named_parameters() if "lora_" in n}
+    assert factors <= saved  # as they are, and not once more with the scaling in them
+    assert not {shapes[s] for s in saved - factors} & {p.shape for n, p in model.named_parameters() if "lora_B" in n}
     assert all(x.untyped_storage().data_ptr() not in saved for x in inputs)  # they are copies of what attention saves
     loss.backward()
 
