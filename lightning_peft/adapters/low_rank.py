@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine import Adapter, Layer, Target
-from lightning_peft.kernels import lora_product
+from lightning_peft.kernels.lora_linear import lora_product
 from lightning_peft.kernels.recipes import leave
 
 
@@ -51,8 +51,9 @@ class LowRank(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors of the delta: (n, d_in, ...) and (d_out, n), the scaling in the second."""
+        B, scaling = self.lora_B, self.scaling  # asking a module for them takes time, and this runs for every layer
         # made again where it is needed: the parameter is there anyway
-        return self.lora_A, leave(self.scaling * self.lora_B, torch.mul, self.scaling, self.lora_B)
+        return self.lora_A, leave(scaling * B, torch.mul, scaling, B)
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """Factors of the whole change, as `factors`, for a plain low-rank adapter that computes the same."""

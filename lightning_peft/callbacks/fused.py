@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft import kernels
 from lightning_peft.engine.slots import is_sharded, is_slot
 from lightning_peft.engine.targets import output_head
-from lightning_peft.kernels import deferred_linear, geglu, layer_norm, rms_norm, rope, swiglu
 from lightning_peft.kernels.recipes import AttentionFollowed, leave
 
 Forward = Callable[..., Any]
@@ -28,32 +28,32 @@ WIDE = 4
 
 
 def _layer_norm(self: Any, x: Tensor) -> Tensor:
-    return layer_norm(x, self.weight, self.bias, self.eps)
+    return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def _rms_norm(self: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+    return kernels.rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 def _llama_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _gemma_norm(self: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, self.weight, self.eps, offset=1.0)
+    return kernels.rms_norm(x, self.weight, self.eps, offset=1.0)
 
 
 def _gate(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     activation = _ACTIVATIONS[_name(self.act_fn)]
     if activation is F.silu:
-        return self.down_proj(swiglu(gate, up))
-    return self.down_proj(geglu(gate, up, approximate="tanh" if activation is _tanh_gelu else "none"))
+        return self.down_proj(kernels.swiglu(gate, up))
+    return self.down_proj(kernels.geglu(gate, up, approximate="tanh" if activation is _tanh_gelu else "none"))
 
 
 def _gelu_half(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     up, gate = self.proj(hidden_states).chunk(2, dim=-1)
-    return geglu(gate, up, approximate="none")
+    return kernels.geglu(gate, up, approximate="none")
 
 
 def _gelu_behind(self: Any, hidden_states: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def _followed(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _head(self: Any, x: Tensor) -> Tensor:
-    return deferred_linear(x, self.weight, self.bias)
+    return kernels.deferred_linear(x, self.weight, self.bias)
 
 
 def _rotary(own: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     """In the place of ``apply_rotary_pos_emb``, which is ``own``."""
     plain = unsqueeze_dim == 1 and q.dtype == k.dtype == cos.dtype  # else the result is in the wider dtype
-    return rope(q, k, cos, sin) if plain else own(q, k, cos, sin, unsqueeze_dim)
+    return kernels.rope(q, k, cos, sin) if plain else own(q, k, cos, sin, unsqueeze_dim)
 
 
 def _names(kind: str, *models: str) -> list[str]:

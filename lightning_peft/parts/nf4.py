@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_peft import kernels
 from lightning_peft.engine import AdapterError
-from lightning_peft.kernels.nf4 import Packed, nf4_pack, nf4_unpack
-from lightning_peft.kernels.nf4_linear import nf4_product
 
 aten = torch.ops.aten
 
@@ -39,7 +38,9 @@ class NF4Tensor(Tensor):
     is_packed = True  # which tells the engine that it cannot be trained
 
     @staticmethod
-    def __new__(cls, packed: Packed, shape: torch.Size, dtype: torch.dtype, transposed: bool = False) -> "NF4Tensor":
+    def __new__(
+        cls, packed: "kernels.Packed", shape: torch.Size, dtype: torch.dtype, transposed: bool = False
+    ) -> "NF4Tensor":
         size, strides = (shape[::-1], (1, shape[1])) if transposed else (shape, None)  # contiguous by default
         device = packed.codes.device
         made = torch.Tensor._make_wrapper_subclass(cls, size, strides, dtype=dtype, device=device)
@@ -50,12 +51,12 @@ class NF4Tensor(Tensor):
     @classmethod
     def pack(cls, weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Self:
         """``weight`` in 4 bits; see `nf4_pack`."""
-        return cls(nf4_pack(weight, block_size, double_quant), weight.shape, weight.dtype)
+        return cls(kernels.nf4_pack(weight, block_size, double_quant), weight.shape, weight.dtype)
 
     @property
-    def packed(self) -> Packed:
+    def packed(self) -> "kernels.Packed":
         """What is kept."""
-        return Packed(self.codes, self.absmax, self.scale)
+        return kernels.Packed(self.codes, self.absmax, self.scale)
 
     @property
     def block_size(self) -> int:
@@ -70,7 +71,7 @@ class NF4Tensor(Tensor):
     def with_parts(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "NF4Tensor":
         """The same with each part of what is kept changed, and perhaps another dtype to answer with."""
         scale = None if self.scale is None else change(self.scale)
-        parts = Packed(change(self.codes), change(self.absmax), scale)
+        parts = kernels.Packed(change(self.codes), change(self.absmax), scale)
         return NF4Tensor(parts, self._stored_shape, dtype or self.dtype, self.transposed)
 
     @property
@@ -83,7 +84,7 @@ class NF4Tensor(Tensor):
         return weight.t() if self.transposed else weight
 
     def _unpacked(self) -> Tensor:
-        return nf4_unpack(self.packed, self._stored_shape, self.dtype)
+        return kernels.nf4_unpack(self.packed, self._stored_shape, self.dtype)
 
     def pack_anew(self, weight: Tensor) -> None:
         """Keep ``weight`` from now on, in place.
@@ -99,7 +100,7 @@ class NF4Tensor(Tensor):
         elif weight.dtype == self.dtype and torch.equal(weight.to(self.device), self._unpacked()):
             return  # what was rounded to bfloat16, say, would be packed a little differently
         else:
-            new = nf4_pack(weight, self.block_size, self.scale is not None)
+            new = kernels.nf4_pack(weight, self.block_size, self.scale is not None)
         for part, value in zip(self.packed, new, strict=True):
             if part is not None and value is not None:
                 part.copy_(value)
@@ -118,7 +119,7 @@ class NF4Tensor(Tensor):
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], context: Any, size: torch.Size, stride: Any) -> "NF4Tensor":
         dtype, transposed = context
-        packed = Packed(parts["codes"], parts["absmax"], parts.get("scale"))
+        packed = kernels.Packed(parts["codes"], parts["absmax"], parts.get("scale"))
         return NF4Tensor(packed, size[::-1] if transposed else size, dtype, transposed)
 
     # only what reaches the dispatcher is ours: autocast, autograd and the compiler see an ordinary tensor
@@ -208,6 +209,8 @@ def _copy(tensor: Any, source: Tensor, non_blocking: bool = False) -> Any:
 def _product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, NF4Tensor) or x.shape[1] != weight.shape[0] or x.dtype != weight.dtype:
         return NotImplemented  # PyTorch has its own words for what does not fit
+    from lightning_peft.kernels.nf4_linear import nf4_product
+
     return nf4_product(x, weight.packed, weight._stored_shape, bias, transposed=not weight.transposed)
 
 
@@ -224,7 +227,7 @@ def _rebuild(
     transposed: bool,
     is_parameter: bool,
 ) -> Tensor:
-    made = NF4Tensor(Packed(codes, absmax, scale), shape, dtype, transposed)
+    made = NF4Tensor(kernels.Packed(codes, absmax, scale), shape, dtype, transposed)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 

@@ -14,8 +14,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from lightning_peft import kernels
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, matches, register
-from lightning_peft.kernels.scale_shift import scale_shift
 
 # customary names of key, value (or fused query-key-value) projections, and of second feed-forward layers
 _KEYS_VALUES = r".*\b(k|v|k_proj|v_proj|to_k|to_v|key|value|qkv|c_attn|query_key_value|in_proj_weight)"
@@ -36,7 +36,7 @@ class Rescaling(Adapter):
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """layer(x * scale) on the input, layer(x) * scale on the output."""
-        return layer(scale_shift(x, self.scale)) if self.on_input else scale_shift(layer(x), self.scale)
+        return layer(kernels.scale_shift(x, self.scale)) if self.on_input else kernels.scale_shift(layer(x), self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Columns times scale, or rows and bias times scale."""

@@ -17,9 +17,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_peft import kernels
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
 from lightning_peft.engine.limits import NonNegative
-from lightning_peft.kernels.scale_shift import scale_shift
 
 
 class ScaleShift(Adapter):
@@ -41,7 +41,7 @@ class ScaleShift(Adapter):
         """scale * layer(x) + shift along the channel axis."""
         y = layer(x)
         if not self.axes_after:
-            return scale_shift(y, self.scale, self.shift)
+            return kernels.scale_shift(y, self.scale, self.shift)
         spatial = (..., *[None] * self.axes_after)
         return (y * self.scale[spatial] + self.shift[spatial]).to(y.dtype)
 

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_peft import kernels
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv, LowRankEmbedding
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
-from lightning_peft.kernels import dora_norm
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -34,7 +34,7 @@ class Decomposed(LowRank):
 
     def norm(self, weight: Tensor) -> Tensor:
         """(d_out,): norm of each row of W + scaling * B A, without building the sum."""
-        norm = dora_norm(weight.flatten(1), self.lora_A.flatten(1), self.lora_B, self.scaling)
+        norm = kernels.dora_norm(weight.flatten(1), self.lora_A.flatten(1), self.lora_B, self.scaling)
         return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
