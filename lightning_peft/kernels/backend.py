@@ -54,3 +54,16 @@ def runs_triton(x: Tensor) -> bool:
 def accumulator(x: Tensor) -> torch.dtype:
     """The precision in which twins add up: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def refuse_second(name: str) -> None:
+    """Raise in a backward pass of which somebody wants gradients.
+
+    Raises:
+        RuntimeError: it runs with ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: gradients of gradients are not there, and create_graph=True asks for them. Leave that out, "
+            "compute this part by plain torch, or, where PEFT put the operation in, use PEFT(method, kernels='off')."
+        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 from lightning_peft.kernels.recipes import leave
 
 
@@ -111,6 +111,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    refuse_second("swiglu" if ctx.activation == "silu" else "geglu")
     gate, up = ctx.saved_tensors
     gate_trains, up_trains = ctx.needs_input_grad[:2]
     dgate, dup = _backward(dy, gate, up, ctx.activation, gate_trains, up_trains)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 from lightning_peft.kernels.recipes import leave
 
 PROGRAMS = 512  # enough for every core, where each leaves a partial sum
@@ -158,6 +158,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    refuse_second("layer_norm")
     x, weight, mu, rho = ctx.saved_tensors
     trains = ctx.needs_input_grad[:3]
     dx, dw, db = _backward(dy, x, weight, mu, rho, ctx.offset, *trains)

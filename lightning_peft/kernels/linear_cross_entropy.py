@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lightning_peft.kernels.linear_cross_entropy_cut as cut
-from lightning_peft.kernels.backend import accumulator
+from lightning_peft.kernels.backend import accumulator, refuse_second
 from lightning_peft.kernels.linear_cross_entropy_rows import Loss, runs_kernels, steps
 
 # bytes of logits that may exist at a time, unless the caller says how many
@@ -336,11 +336,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_cross_entropy: gradients of gradients are not there, for its logits are not. "
-            "Take F.cross_entropy of F.linear, or leave out create_graph=True."
-        )
+    refuse_second("linear_cross_entropy")
     options = (None,) * 7  # labels, and what is no tensor
     if ctx.at_once:
         return _rescale(ctx.saved_tensors[0], upstream), None, None, *options

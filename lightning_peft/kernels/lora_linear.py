@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_peft.kernels.backend import refuse_second
 from lightning_peft.kernels.recipes import keep, kept
 
 
@@ -97,8 +98,8 @@ class _Product(torch.autograd.Function):
         return F.linear(h, up.to(dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_second("lora_linear")
         x_wanted, down_wanted, up_wanted = ctx.needs_input_grad[:3]
         down, up, h, *rest = kept(ctx) if down_wanted else ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1]).to(ctx.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 from lightning_peft.kernels.recipes import keep, kept
 
 
@@ -119,6 +119,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     x_trains, _, up_trains, gates_train = wanted = ctx.needs_input_grad
+    refuse_second("mixture_lora")
     gradients = _backward(dy, *kept(ctx), ctx.x_dtype, x_trains, up_trains, gates_train)
     return tuple(each if trains else None for each, trains in zip(gradients, wanted, strict=True))
 

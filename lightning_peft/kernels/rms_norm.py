@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 from lightning_peft.kernels.recipes import leave
 
 
@@ -84,6 +84,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    refuse_second("rms_norm")
     x, weight, rho = ctx.saved_tensors
     weight_trains = weight is not None and ctx.needs_input_grad[1]
     dx, dw = _backward(dy, x, weight, rho, ctx.offset, weight_trains)

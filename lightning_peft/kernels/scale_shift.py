@@ -60,6 +60,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_triton(dy):
         return _launch_backward(dy, x, scale, x_trains, scale_trains, shift_trains)
+    return _gradients(dy, x, scale, x_trains, scale_trains, shift_trains)
+
+
+def _gradients(
+    dy: Tensor, x: Tensor | None, scale: Tensor, x_trains: bool, scale_trains: bool, shift_trains: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = dy.to(accumulator(dy))
     dx = (wide * scale.to(wide.dtype)).to(dy.dtype).contiguous() if x_trains else dy.new_empty(0)
     dscale = wide.new_empty(0) if x is None or not scale_trains else (wide * x).sum(0)
@@ -85,7 +91,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, scale = ctx.saved_tensors
     trains = ctx.needs_input_grad
-    dx, dscale, dshift = _backward(dy, x, scale, *trains)
+    # with a graph of it, by plain operations
+    compute = _gradients if torch.is_grad_enabled() else _backward
+    dx, dscale, dshift = compute(dy, x, scale, *trains)
     return (
         dx if trains[0] else None,
         dscale.to(scale.dtype) if trains[1] else None,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 from lightning_peft.kernels.recipes import keep, kept
 
 TOKENS = 32  # of one segment, that a program works on at a time
@@ -161,6 +161,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[:3]
+    refuse_second("segment_lora")
     gradients = _backward(dy, *kept(ctx), ctx.x_dtype, wanted[0], wanted[2])
     return *(each if trains else None for each, trains in zip(gradients, wanted, strict=True)), None, None, None, None
 

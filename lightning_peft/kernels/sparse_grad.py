@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, runs_triton
+from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 
 ELEMENTS = 2**22  # of products that the twin holds at a time
 
@@ -206,6 +206,7 @@ def _setup_columns(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(backward: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    refuse_second(backward._name.removesuffix("_backward"))
     x_trains, _, bias_trains, values_train, _ = ctx.needs_input_grad
     dx, dvalues = backward(dy, *ctx.saved_tensors, x_trains)
     dbias = dy.sum(0) if bias_trains else None
