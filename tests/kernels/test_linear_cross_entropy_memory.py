@@ -52,7 +52,7 @@ def test_what_is_saved_for_backward() -> None:
 
 def peak_bytes(function: Any) -> int:
     """The most that is allocated at a time, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(acc_events=True, activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     held = peak = 0
     for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
@@ -153,7 +153,7 @@ def test_a_sum_in_float32_is_what_a_product_adds_to(monkeypatch: pytest.MonkeyPa
 
 def operations(function: Any) -> int:
     """Multiplications and additions in matrix products."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+    with profile(acc_events=True, activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         function()
     count = 0
     for event in profiled.events():  # type: ignore[union-attr]
@@ -182,7 +182,7 @@ def test_products_for_what_is_frozen_are_left_out(trained: str, forward: int, ba
     x, weight = x.detach().requires_grad_("x" in trained), weight.requires_grad_("weight" in trained)
 
     def products(function: Any) -> tuple[int, Any]:
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        with profile(acc_events=True, activities=[ProfilerActivity.CPU]) as profiled:
             result = function()
         names = [event.name for event in profiled.events()]  # type: ignore[union-attr]
         return names.count("aten::mm") + names.count("aten::addmm_"), result
