@@ -184,12 +184,14 @@ def test_a_loss_needs_no_logits_in_a_model_or_behind_it(
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("why", ["an adapter", "a hook", "narrow"])
+@pytest.mark.parametrize("why", ["an adapter", "a hook", "narrow", "sharded"])
 def test_a_head_that_must_compute_its_logits_does(why: str) -> None:
     model: Any = llama() if why != "narrow" else LlamaForCausalLM(LlamaConfig(vocab_size=120, **SMALL))
     inject(model, LoRA(r=2, target_modules=("q_proj", "lm_head") if why == "an adapter" else "q_proj"))
     if why == "a hook":
         model.lm_head.register_forward_hook(lambda module, args, output: None)
+    if why == "sharded":
+        model.lm_head.weight.full_tensor = None  # what tells a DTensor
     with fused(model) as replaced:
         assert "logits" not in replaced
         assert type(model(input_ids=tokens()).logits) is Tensor
