@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import AdapterError, TargetError, nearest
 from lightning_peft.engine.method import Method
-from lightning_peft.engine.readers import readers, reads_in_training
+from lightning_peft.engine.readers import fused_above, readers, reads_in_training
 from lightning_peft.engine.slots import Adapter, Layer, adapters_of
 from lightning_peft.engine.targets import Target
 
@@ -109,9 +109,11 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
         )
     _check_in_place(model, in_place, type(method).__name__)
     planned = list(zip(targets, method.adapters(targets), strict=True))
+    for target, adapter in planned:
+        adapter.site = target.site
     for target, adapter in tqdm(planned, desc=type(method).__name__, unit="layer", delay=2, leave=False):
         _fill(adapter, target, name)
-    readers_of = [readers(model, target.owner, target.site.weight) for target in targets]
+    readers_of = [_readers(model, target.owner, adapter) for target, adapter in planned]
     _check_readable(planned, readers_of)
     stored = _stored(model, method, targets)
     state = method.initial_state(model) | ({"calibrated": torch.zeros(())} if method.calibrated else {})
@@ -121,8 +123,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     injection = record.injections.setdefault(name, Injection(method, state=state))
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         slots.occupy(target.module, name, adapter)
-        for reader in reading:
-            slots.let_read(reader, target.module)
+        _connect(model, target.owner, target.module, adapter, reading)
     _freeze(model, record)
     for target, weight in stored:
         target.module._parameters[target.site.weight] = nn.Parameter(weight, requires_grad=False)
@@ -205,9 +206,27 @@ def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[st
         module = model.get_submodule(path)
         for key, adapter in adapters.items():
             slots.occupy(module, key.partition(":")[0], adapter)  # type: ignore[arg-type]
-            for reader in readers(model, path, adapter.site.weight):  # type: ignore[union-attr, arg-type]
-                slots.let_read(reader, module)
+            _connect(model, path, module, adapter, _readers(model, path, adapter))  # type: ignore[arg-type]
         slots.set_active(module, active)
+
+
+def _readers(model: nn.Module, owner: str, adapter: Adapter) -> list[nn.Module]:
+    """The modules that read the weights of module ``owner``, and have to see the effective ones."""
+    found = readers(model, owner, adapter.site.weight)
+    return [m for m in found if reads_in_training(m) or not _is_to_be_called(adapter)]
+
+
+def _is_to_be_called(adapter: Adapter) -> bool:
+    # what is no change of weights acts in calls alone, so those who could do without a call have to call
+    return adapter.unmergeable_because() is not None
+
+
+def _connect(model: nn.Module, owner: str, module: nn.Module, adapter: Adapter, reading: list[nn.Module]) -> None:
+    for reader in reading:
+        slots.let_read(reader, module)
+    if _is_to_be_called(adapter):
+        for fused in fused_above(model, owner):
+            slots.unfuse(fused)
 
 
 def _check(model: Any, method: Any, name: str) -> Injection | None:
@@ -291,7 +310,7 @@ def _stored(model: nn.Module, method: Method, targets: list[Target]) -> list[tup
     """(target, weight) of those that the method keeps in another form than they have."""
     changed, owners = [], owners_of(model)
     for target in targets:
-        weight = target.module._parameters[target.site.weight]
+        weight = target.module._parameters.get(target.site.weight)
         kept = weight if weight is None else method.stored(weight, target)
         if weight is None or kept is None or kept is weight:
             continue
@@ -311,9 +330,7 @@ def _is_occupied(target: Target, name: str) -> bool:
 
 
 def _fill(adapter: Adapter, target: Target, name: str) -> None:
-    weight = target.module._parameters[target.site.weight]
-    adapter.site = target.site
-    if weight is not None and weight.is_meta:
+    if target.site.get(target.module)[0].is_meta:
         return
     # a generator of its own: other random numbers stay as they were, and the order of the modules has no influence
     seed = zlib.crc32(f"{name}/{target.name}".encode()) ^ (torch.initial_seed() & 0xFFFFFFFF)

@@ -20,11 +20,20 @@ _HARMLESS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel
 
 
 def readers(model: nn.Module, owner: str, parameter: str) -> list[nn.Module]:
-    """The ancestors of module ``owner`` in ``model`` whose forward reads its ``parameter``."""
+    """The ancestors of module ``owner`` in ``model`` whose forward reads its ``parameter``; none if that is empty."""
+    if not parameter:
+        return []
     path = owner.split(".")
     below = [plain_name(".".join(path[depth:])).split(".") for depth in range(len(path))]
     ancestors = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
     return [module for module, names in zip(ancestors, below, strict=True) if _reads(module, names, parameter)]
+
+
+def fused_above(model: nn.Module, owner: str) -> list[nn.Module]:
+    """The ancestors of module ``owner`` that hand the weights of their layers to a fused operation in evaluation."""
+    path = owner.split(".")
+    ancestors = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))] if owner else []
+    return [module for module in ancestors if not reads_in_training(module)]
 
 
 def reads_in_training(reader: nn.Module) -> bool:

@@ -4,6 +4,7 @@
 the adapter below it as a child of ``adapters``. An adapter acts in one of two ways:
 
 * **when its module is called**: the forward hands the input to the adapters, which call the layer below (`Layer`).
+  The module may be one layer, or a block, or a whole network (a site of kind ``"module"``).
 * **when its weight is read** by a forward that does not call the owner (``nn.MultiheadAttention`` reads
   ``out_proj.weight``): while that forward runs, the parameter answers with its *effective* value, base plus adapters.
 
@@ -12,6 +13,7 @@ time ``module.weight`` is the raw parameter: optimizers, checkpoints and shardin
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine.errors import AdapterError, MergeError
 
-Kind = Literal["linear", "conv", "embedding", "norm"]
+Kind = Literal["linear", "conv", "embedding", "norm", "module"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ class Site:
     """Where on a module an adapter sits: which parameters it changes, and how their module uses them.
 
     Args:
-        kind: what the parameters compute.
-        weight: name of the weight in its module.
+        kind: what the parameters compute; ``"module"`` where the adapter changes none, but the calls of a whole module.
+        weight: name of the weight in its module; empty for a whole module.
         bias: name of the bias, or None where the module has no place for one.
         transposed: the weight is stored (d_in, d_out), as in ``nn.Embedding`` and transformers' ``Conv1D``.
         read: the module uses the parameters by itself, so that an adapter acts through their effective value only.
+        width: features of what a whole module answers.
     """
 
     kind: Kind
@@ -41,13 +44,20 @@ class Site:
     bias: str | None = "bias"
     transposed: bool = False
     read: bool = False
+    width: int = 0
 
     def key(self, name: str) -> str:
         """The key of adapter ``name`` below ``adapters``; a module with several weights has one key for each."""
-        return name if self.weight == "weight" else f"{name}:{self.weight}"
+        return name if self.weight in ("weight", "") else f"{name}:{self.weight}"
 
     def get(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """The raw weight (d_out, d_in, ...) and bias of ``module``, output axis first whatever the storage."""
+        """The raw weight (d_out, d_in, ...) and bias of ``module``, output axis first whatever the storage.
+
+        For a whole module, which has no weight of its own, a tensor (width,) without storage, of its dtype and device.
+        """
+        if self.kind == "module":
+            like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
+            return like.detach().new_empty(()).expand(self.width), None
         weight: Tensor | None = module._parameters[self.weight]
         if weight is None:  # a normalisation layer without affine parameters scales by one
             weight = torch.ones(_channels(module), device=_device(module))
@@ -139,7 +149,7 @@ class Adapter(nn.Module):
 class Layer:
     """What lies below an adapter: the base layer, or the base under the adapters that were put in before."""
 
-    __slots__ = ("module", "site", "_below", "_args", "_kwargs")
+    __slots__ = ("module", "site", "_below", "_args", "_kwargs", "_keyword")
 
     def __init__(
         self,
@@ -148,14 +158,34 @@ class Layer:
         below: tuple[Adapter, ...] = (),
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        keyword: str | None = None,
     ) -> None:
         self.module, self.site, self._below, self._args, self._kwargs = module, site, below, args, kwargs or {}
+        self._keyword = keyword
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Any, **arguments: Any) -> Any:
+        """The output for ``x``. ``arguments``, if there are any, take the place of all others of the call."""
+        args, kwargs = ((), arguments) if arguments else (self._args, self._kwargs)
         if self._below:
-            below = Layer(self.module, self.site, self._below[:-1], self._args, self._kwargs)
-            return self._below[-1](x, below)
-        return _base_forward(self.module, x, *self._args, **self._kwargs)
+            top = self._below[-1]
+            return top(x, Layer(self.module, top.site, self._below[:-1], args, kwargs, self._keyword))
+        if self._keyword is not None:
+            return _base_forward(self.module, **{self._keyword: x}, **kwargs)
+        return _base_forward(self.module, x, *args, **kwargs)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether no other adapter lies below."""
+        return not self._below
+
+    @property
+    def keyword(self) -> str | None:
+        """The name under which the module was given ``x``; None if it was given without one."""
+        return self._keyword
+
+    def arguments(self) -> dict[str, Any]:
+        """Name -> value of what the module was called with beside ``x``."""
+        return dict(zip(self.module._parameter_names[1:], self._args, strict=False)) | self._kwargs
 
     @property
     def weight(self) -> Tensor:
@@ -166,12 +196,15 @@ class Layer:
         """
         if in_codes(self.site.get(self.module)[0]):
             raise AdapterError(in_codes_because(self.module, self.site))
-        return effective(self.module, self.site, self._below)[0]
+        return effective(self.module, self.site, self._same_weight())[0]
 
     @property
     def bias(self) -> Tensor | None:
         """(d_out,) or None, the adapters below included."""
-        return effective(self.module, self.site, self._below)[1]
+        return effective(self.module, self.site, self._same_weight())[1]
+
+    def _same_weight(self) -> list[Adapter]:
+        return [adapter for adapter in self._below if adapter.site.weight == self.site.weight]
 
 
 def effective(module: nn.Module, site: Site, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor | None]:
@@ -222,6 +255,10 @@ def active_adapters(module: Any, parameter: str) -> tuple[Adapter, ...]:
     )
 
 
+class Adapters(nn.ModuleDict):
+    """The child of a slot below which its adapters hang."""
+
+
 class Slot:
     """What a swapped class puts in front of the class that the module had."""
 
@@ -230,20 +267,37 @@ class Slot:
     _active: tuple[str, ...]  # names of the adapters that act
     _called: tuple[Adapter, ...]  # those of them that act when the module is called
     _dtype: torch.dtype | None  # of the last input, for layers that store no weight
+    _unfused: bool  # its forward must call the modules below, and not hand their weights to a fused operation
+    _parameter_names: tuple[str, ...]  # of its forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._called:
             return _base_forward(self, *args, **kwargs)
+        keyword = None
         if not args:  # the input was given by keyword
-            first, *others = kwargs
-            args, kwargs = (kwargs[first],), {name: kwargs[name] for name in others}
+            keyword, *others = kwargs
+            args, kwargs = (kwargs[keyword],), {name: kwargs[name] for name in others}
         last = self._called[-1]
-        return last(args[0], Layer(self, last.site, self._called[:-1], args[1:], kwargs))
+        return last(args[0], Layer(self, last.site, self._called[:-1], args[1:], kwargs, keyword))
+
+
+class SequentialSlot(Slot):
+    """The same for ``nn.Sequential``, whose forward runs over its children."""
+
+    _modules: dict[str, Any]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for name, module in self._modules.items() if name != "adapters"])
+
+    def __len__(self) -> int:
+        return len(self._modules) - ("adapters" in self._modules)
 
 
 def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward that the module had before, with the effective values visible to it that it reads."""
     own = module.__dict__.get("_own_forward") or functools.partial(type(module)._slot_base.forward, module)
+    if module._unfused:
+        own = _unfused(own)
     if module._live is None and not module._reads:
         return own(*args, **kwargs)
     before = [(owner, owner._live) for owner in (module, *module._reads)]
@@ -257,6 +311,18 @@ def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         for owner, live in before:
             owner._live = live
+
+
+def _unfused(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+    return call
 
 
 def _effective_property(parameter: str) -> property:
@@ -285,7 +351,8 @@ def _slot_class(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Mo
     members: dict[str, Any] = {name: _effective_property(name) for name in parameters}
     members |= {"_slot_base": base, "_slot_parameters": parameters}
     members |= {"__module__": base.__module__, "__reduce_ex__": reduce}
-    return type(f"Adapted{base.__name__}", (Slot, base), members)
+    slot = SequentialSlot if issubclass(base, nn.Sequential) else Slot
+    return type(f"Adapted{base.__name__}", (slot, base), members)
 
 
 def _rebuild(base: type[nn.Module], parameters: frozenset[str]) -> nn.Module:
@@ -300,7 +367,7 @@ def is_slot(module: nn.Module) -> bool:
 
 def holds_adapters(module: nn.Module) -> bool:
     """Whether adapters hang below this module; a slot may also be there only to let its forward read others."""
-    return bool(getattr(type(module), "_slot_parameters", ()))
+    return is_slot(module) and isinstance(module._modules.get("adapters"), Adapters)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -311,7 +378,9 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def _swap(module: nn.Module, *parameters: str | None) -> None:
     known: frozenset[str] = getattr(type(module), "_slot_parameters", frozenset())
     if not is_slot(module):
+        names = tuple(inspect.signature(module.forward).parameters)
         module.__dict__.update(_live=None, _reads=[], _active=(), _called=(), _dtype=None)
+        module.__dict__.update(_unfused=False, _parameter_names=names)
         if "forward" in module.__dict__:  # somebody patched this instance: call that, do not lose it
             module.__dict__["_own_forward"] = module.__dict__.pop("forward")
     adapted = known.union(filter(None, parameters))
@@ -322,7 +391,7 @@ def occupy(module: Any, name: str, adapter: Adapter) -> None:
     """Put ``adapter`` into the slot of ``module`` under ``name``, and let it act."""
     site = adapter.site
     if not holds_adapters(module):
-        module.add_module("adapters", nn.ModuleDict())
+        module.add_module("adapters", Adapters())
     _swap(module, site.weight, site.bias)
     module.adapters[site.key(name)] = adapter
     adapter.train(module.training)
@@ -349,13 +418,20 @@ def let_read(reader: Any, owner: nn.Module) -> None:
         reader._reads.append(owner)
 
 
+def unfuse(module: nn.Module) -> None:
+    """Let the forward of ``module`` call the modules below it, not hand their weights to a fused operation."""
+    if not is_slot(module):
+        _swap(module)
+    module._unfused = True  # type: ignore[assignment]  # mypy takes every attribute of a module for a child
+
+
 def vacate(module: nn.Module) -> nn.ModuleDict | None:
     """Give ``module`` its own class back; return the adapters it held, if any."""
     adapters = module._modules.pop("adapters") if holds_adapters(module) else None
     module.__class__ = base_class(module)
     if "_own_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_own_forward")
-    for attribute in ("_live", "_reads", "_active", "_called", "_dtype"):
+    for attribute in ("_live", "_reads", "_active", "_called", "_dtype", "_unfused", "_parameter_names"):
         module.__dict__.pop(attribute, None)
     return adapters  # type: ignore[return-value]
 

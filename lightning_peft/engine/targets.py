@@ -42,7 +42,7 @@ class Target:
 
     @property
     def d_in(self) -> int:
-        """Input features; for a convolution input channels of one group times kernel size."""
+        """Input features; for a convolution input channels of one group times kernel size; 1 for a whole module."""
         return self.shape[1:].numel()
 
     def new_parameter(self, *size: int) -> nn.Parameter:
@@ -50,6 +50,11 @@ class Target:
         weight = self.site.get(self.module)[0]
         exact = torch.promote_types(weight.dtype, torch.float32)
         return nn.Parameter(torch.empty(size, dtype=exact, device=weight.device))
+
+
+def module_target(model: nn.Module, name: str, width: int) -> Target:
+    """The whole module ``name`` of ``model`` as a target, which answers with ``width`` features."""
+    return Target(plain_name(name), model.get_submodule(name), Site("module", "", None, width=width), name)
 
 
 def sites(module: nn.Module) -> list[Site]:

@@ -86,7 +86,6 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], list[str]]] = [
     (Reading, LoRA(r=2, dropout=0.1), {}, ["'qkv'", "Reading reads", "set dropout=0"]),
     (Reading, Gated(), {}, ["Gate cannot act on 'qkv'", "Reading reads", "not a change of weights"]),
     (attention, Gated(), {}, ["Gate cannot act on", "MultiheadAttention reads"]),
-    (lambda: nn.TransformerEncoderLayer(4, 2, 6), Gated(target_modules="linear1"), {}, ["Gate cannot act"]),
     (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(6, 2, kdim=3)}), SSF(modules_to_save=()), {}, ["no bias"]),
 ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_peft.engine import AdapterError, HostedMethod, Method, inject
 
@@ -28,11 +29,56 @@ class Tiny(nn.Module):
         return self.head(self.norm(torch.tanh(self.v_proj(torch.tanh(self.q_proj(x))))))
 
 
-def tiny() -> Tiny:
-    """The same weights at each call."""
+class TinyAttention(nn.Module):
+    """Attention with 3 heads of 4 features, all projections in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TinyBlock(nn.Module):
+    """A transformer block that normalises first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(12), TinyAttention()
+        self.norm2, self.mlp = nn.LayerNorm(12), nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TinyBlocks(nn.Module):
+    """Two transformer blocks over the tokens and a class token, from which each token is told its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(7, 12)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 12))
+        self.blocks = nn.ModuleList([TinyBlock(), TinyBlock()])
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 3)
+        self.embed.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed(x)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(x[:, 1:] + x[:, :1])
+
+
+def tiny(method: Method | None = None) -> nn.Module:
+    """The net that the examples of ``method`` are for; the same weights at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return Tiny().eval()
+        return (TinyBlocks() if method is not None and method.needs_blocks else Tiny()).eval()
 
 
 def moved(model: nn.Module, seed: int = 2) -> nn.Module:
@@ -49,7 +95,7 @@ def moved(model: nn.Module, seed: int = 2) -> nn.Module:
 def kept(base: nn.Module, method: Method) -> nn.Module:
     """``base`` with its weights in the form in which the method keeps them; as it is if it ``changes_base`` not."""
     for target in method.targets(base):
-        weight = target.module._parameters[target.site.weight]
+        weight = target.module._parameters.get(target.site.weight)
         stored = weight if weight is None else method.stored(weight, target)
         if stored is not weight:
             assert method.changes_base

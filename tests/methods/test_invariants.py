@@ -24,7 +24,7 @@ from lightning_peft.engine import (
     notify,
     total_loss,
 )
-from tests.methods.backbones import Tiny, assert_unchanged, kept, moved, snapshot, tiny, trainable
+from tests.methods.backbones import assert_unchanged, kept, moved, snapshot, tiny, trainable
 
 CASES = [
     pytest.param(example, id=f"{name}-{i}")
@@ -39,14 +39,14 @@ def x() -> Tensor:
     return torch.randn(2, 13, 7)
 
 
-def adapted(method: Method, seed: int = 2) -> Tiny:
+def adapted(method: Method, seed: int = 2) -> nn.Module:
     """Off the initial point."""
-    return moved(inject(tiny(), method), seed)
+    return moved(inject(tiny(method), method), seed)
 
 
-def ready(method: Method, x: Tensor) -> Tiny:
+def ready(method: Method, x: Tensor) -> nn.Module:
     """At the start of training; calibrated, if the method measures its start on data."""
-    model = inject(tiny(), method).train()
+    model = inject(tiny(method), method).train()
     if method.calibrated:
         calibrate(model, [lambda: model(x).square().mean(), lambda: (model(2 * x) - 1).square().mean()])
     return model
@@ -79,13 +79,16 @@ def train(
 
 @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS.keys())
 def test_the_start_is_as_declared(cls: type[Method], x: Tensor) -> None:
-    same = [torch.allclose(inject(tiny(), method)(x), tiny()(x), rtol=1e-6, atol=1e-6) for method in cls.examples()]
+    same = [
+        torch.allclose(inject(tiny(method), method)(x), tiny(method)(x), rtol=1e-6, atol=1e-6)
+        for method in cls.examples()
+    ]
     assert all(same) if cls.identity_at_init else not all(same)
 
 
 @every_example
 def test_moving_the_adapter_changes_the_output(method: Method, x: Tensor) -> None:
-    assert not torch.allclose(adapted(method)(x), tiny()(x), atol=1e-4)
+    assert not torch.allclose(adapted(method)(x), tiny(method)(x), atol=1e-4)
 
 
 @every_example
@@ -116,7 +119,7 @@ def test_unload_gives_the_base_back_after_training(method: Method, x: Tensor) ->
     model = ready(method, x)
     train(model, x, steps=3)
     if method.keeps_base:
-        assert_unchanged(unload(model), snapshot(kept(tiny(), method)))
+        assert_unchanged(unload(model), snapshot(kept(tiny(method), method)))
     else:
         with pytest.raises(AdapterError, match="no base to go back to"):
             unload(model)
@@ -128,7 +131,7 @@ def test_disabled_answers_as_the_base(method: Method, x: Tensor) -> None:
     before, y = snapshot(model), model(x)
     if method.keeps_base:
         with disabled(model):
-            assert torch.equal(model(x), kept(tiny(), method)(x))
+            assert torch.equal(model(x), kept(tiny(method), method)(x))
     else:
         with pytest.raises(AdapterError, match="no base to go back to"), disabled(model):
             pass
@@ -138,7 +141,7 @@ def test_disabled_answers_as_the_base(method: Method, x: Tensor) -> None:
 
 @every_example
 def test_merged_equals_unmerged(method: Method, x: Tensor) -> None:
-    model = moved(inject(tiny().double(), method))
+    model = moved(inject(tiny(method).double(), method))
     expected, before = model(x.double()), snapshot(model)
     if not method.mergeable:
         with pytest.raises(MergeError):
@@ -152,7 +155,7 @@ def test_merged_equals_unmerged(method: Method, x: Tensor) -> None:
 @every_example
 def test_merged_model_is_plain(method: Method) -> None:
     if method.mergeable:
-        merged, base = merge(adapted(method)), tiny()
+        merged, base = merge(adapted(method)), tiny(method)
         assert [type(m) for m in merged.modules()] == [type(m) for m in base.modules()]
         created = merged.state_dict().keys() - base.state_dict().keys()
         assert base.state_dict().keys() <= merged.state_dict().keys()
@@ -174,7 +177,7 @@ def test_unmerge_undoes_merge(method: Method, x: Tensor) -> None:
 @every_example
 def test_files_carry_the_whole_adapter(method: Method, x: Tensor, tmp_path: Path) -> None:
     model = adapted(method)
-    loaded = load_adapter(tiny(), save_adapter(model, tmp_path))
+    loaded = load_adapter(tiny(method), save_adapter(model, tmp_path))
     assert torch.equal(loaded(x), model(x))
     assert_unchanged(loaded, snapshot(model))
 
@@ -189,7 +192,7 @@ def test_a_low_rank_change_is_saved_as_plain_lora(method: Method, x: Tensor, tmp
             with pytest.raises(AdapterError, match="cannot be saved as LoRA"):
                 save_adapter(model, tmp_path, as_lora=True)
         return
-    loaded = load_adapter(kept(tiny(), method), save_adapter(model, tmp_path, as_lora=True))
+    loaded = load_adapter(kept(tiny(method), method), save_adapter(model, tmp_path, as_lora=True))
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -203,7 +206,7 @@ def test_files_hold_nothing_but_the_adapter(method: Method, tmp_path: Path) -> N
 
 @every_example
 def test_trainable_count_follows_the_formula(method: Method) -> None:
-    base = tiny()
+    base = tiny(method)
     whole = dict(base.named_parameters())
     expected = method.total_trainable(method.targets(base))
     expected += sum(whole[name].numel() for name in method.trained_in_place(base))
@@ -236,7 +239,7 @@ def test_adapters_keep_their_precision_in_bfloat16(method: Method, x: Tensor) ->
     assert y.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits: three layers of them may differ by some 2 %
     torch.testing.assert_close(y.float(), adapted(method)(x), rtol=0.05, atol=0.05)
-    late = inject(tiny().to(torch.bfloat16), method)
+    late = inject(tiny(method).to(torch.bfloat16), method)
     assert {p.dtype for _, _, adapter in adapters_of(late) for p in adapter.parameters()} <= {torch.float32}
 
 
@@ -257,7 +260,7 @@ def test_injecting_twice_adds_nothing(method: Method) -> None:
 
 @every_example
 def test_two_names_take_turns(method: Method, x: Tensor) -> None:
-    if method.trained_in_place(tiny()):
+    if method.trained_in_place(tiny(method)):
         model = adapted(method)
         before = snapshot(model)
         with pytest.raises(AdapterError, match="two cannot share it"):
@@ -281,12 +284,12 @@ def test_two_names_take_turns(method: Method, x: Tensor) -> None:
     set_active(model, "second")
     assert torch.equal(model(x), second)
     assert torch.equal(unload(model, "default")(x), second)
-    assert_unchanged(unload(model), snapshot(kept(tiny(), method)))
+    assert_unchanged(unload(model), snapshot(kept(tiny(method), method)))
 
 
 @every_example
 def test_injection_draws_no_global_random_numbers(method: Method) -> None:
-    model, before = tiny(), torch.get_rng_state()
+    model, before = tiny(method), torch.get_rng_state()
     inject(model, method)
     assert torch.equal(torch.get_rng_state(), before)
 
