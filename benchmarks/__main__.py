@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    beside_peft,
     callback_overhead,
     checkpoint_size,
     ddp_step,
@@ -37,8 +38,17 @@ def hardware() -> str:
 def main() -> None:
     """Measure, and print as the table that is kept in benchmarks/README.md."""
     small = (import_time, injection_time, forward_backward, callback_overhead)
-    large = (fused_step, spectral_start, checkpoint_size, sampling_memory, ddp_step, packing, lines_per_method)
-    rows: list[Row] = [row for benchmark in (*small, *large) for row in benchmark.run()]
+    large = (
+        fused_step,
+        beside_peft,
+        spectral_start,
+        checkpoint_size,
+        sampling_memory,
+        ddp_step,
+        packing,
+        lines_per_method,
+    )
+    rows: list[Row] = [row for benchmark in (*small, *large, lines_per_method) for row in benchmark.run()]
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):
         table.add_column(column, justify="left" if column == "What" else "right")

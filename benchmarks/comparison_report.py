@@ -1,14 +1,13 @@
 """The picture and the table of the comparison, made from its results."""
 
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_tasks import TASKS
+from benchmarks.report import replace_between
 from lightning_peft import list_methods
 
-BEGIN, END = "<!-- comparison -->", "<!-- end of comparison -->"
 LINES = {"linearprobe": "linear probe", "fullfinetuning": "full fine-tuning"}
 
 
@@ -17,10 +16,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     picture, page = folder / "images" / "compare_methods.png", folder / "comparison.md"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(results, picture)
-    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
-    made = f"{BEGIN}\n{markdown(results)}\n{END}"
-    page.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: made, text, flags=re.S))
-    print(f"{picture}\n{page}")
+    replace_between("comparison", markdown(results), page)
 
 
 def ranked(results: dict[str, Any], task: str) -> list[str]:
