@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.engine import AdapterError, HostedMethod, Method, inject
 
@@ -57,6 +58,8 @@ class TinyBlock(nn.Module):
 class TinyBlocks(nn.Module):
     """Two transformer blocks over the tokens and a class token, from which each token is told its class."""
 
+    checkpointed = False  # whether blocks are computed again in the backward pass
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(7, 12)
@@ -69,7 +72,7 @@ class TinyBlocks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed(x)], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         x = self.norm(x)
         return self.head(x[:, 1:] + x[:, :1])
 

@@ -252,6 +252,30 @@ def test_a_compiled_model_computes_the_same(cls: type[Method], x: Tensor) -> Non
 
 
 @every_example
+def test_autocast_computes_nearly_the_same(method: Method, x: Tensor) -> None:
+    model = adapted(method)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    # bfloat16 keeps 8 bits: some layers of products in it may differ by some 2 %
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    y.float().square().mean().backward()
+    assert {p.grad.dtype for p in trainable(model).values() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", [case for case in CASES if case.values[0].needs_blocks])
+def test_activation_checkpoints_change_no_gradient(method: Method, x: Tensor) -> None:
+    models = [adapted(method), adapted(method)]
+    models[1].checkpointed = True  # type: ignore[assignment]  # mypy takes every attribute of a module for a child
+    for model in models:
+        torch.manual_seed(0)
+        model(x).square().mean().backward()
+    plain, again = (trainable(model) for model in models)
+    for name, parameter in plain.items():
+        torch.testing.assert_close(again[name].grad, parameter.grad)
+
+
+@every_example
 def test_injecting_twice_adds_nothing(method: Method) -> None:
     model = adapted(method)
     before = snapshot(model)
