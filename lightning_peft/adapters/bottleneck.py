@@ -140,17 +140,13 @@ class Bottleneck(Adapter):
         self.activation, self.start, self.source, self.stash = activation, start, source, stash
         self.bottleneck_dropout = dropout
         self.axes_after = max(len(target.shape) - 2, 0)  # spatial axes behind the channels
-        self.make_matrices(target, channels_in, r)
+        self.down, self.up = target.new_parameter(r, channels_in), target.new_parameter(target.d_out, r)
         self.down_bias, self.up_bias = target.new_parameter(r), target.new_parameter(target.d_out)
         if scaling == "learned":
             self.scaling: Tensor = target.new_parameter(1)
         else:
             # a tensor: changing it does not recompile a compiled model
             self.register_buffer("scaling", self.up_bias.detach().new_tensor(scaling), persistent=False)
-
-    def make_matrices(self, target: Target, channels_in: int, r: int) -> None:
-        """The parameters that `matrices` are made of."""
-        self.down, self.up = target.new_parameter(r, channels_in), target.new_parameter(target.d_out, r)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """D (r, d_in) and U (d_out, r)."""
@@ -165,7 +161,7 @@ class Bottleneck(Adapter):
         self.reset_matrices(generator)
 
     def reset_matrices(self, generator: torch.Generator) -> None:
-        """Fill what `make_matrices` made."""
+        """Fill what the matrices are made of."""
         if self.start == "bert":
             for matrix in (self.down, self.up):
                 matrix.copy_(0.02 * torch.randn(matrix.shape, dtype=matrix.dtype, generator=generator))

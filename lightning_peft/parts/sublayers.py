@@ -180,6 +180,20 @@ def n_heads(model: nn.Module, attention: Target) -> int | None:
     return None
 
 
+def keys_and_values(reader: Target, attention: Sublayer) -> tuple[int, tuple[int, ...]]:
+    """How many equal parts the output of ``reader`` has, and which of them are keys or values of ``attention``.
+
+    A layer that is three times as wide as the block makes queries, keys and values, in this order; others go by their
+    names.
+    """
+    if attention.kind == "attention":
+        if len(attention.readers) == 1 and reader.d_out == 3 * attention.width:
+            return 3, (1, 2)
+        if re.search(r"(^|_)(k|key|v|value)(_|$)", reader.name.split(".")[-1]):
+            return 1, (0,)
+    return 1, ()
+
+
 def _in_block(model: nn.Module, block: str, everything: list[Target]) -> list[Sublayer]:
     module = model.get_submodule(block)
     inside = [t for t in everything if not block or t.owner == block or t.owner.startswith(block + ".")]

@@ -34,10 +34,8 @@ class HoulsbyAdapter(SublayerMethod):
         init: how the matrices start.
         target_modules: patterns of linear layers and convolutions behind which to put adapters, in any model; by
             default the sub-layers of all blocks are found.
-        blocks: path of the list of blocks, or patterns of several, where they are not found by themselves.
         train_norms: train every norm layer, as in the paper; a second set of adapters beside this one cannot.
-        exclude_modules: patterns of sub-layers that are left out, each named by the layer where its output leaves.
-        layers_to_transform: see `TargetedMethod`; so for ``modules_to_save``.
+        blocks: see `SublayerMethod`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range.

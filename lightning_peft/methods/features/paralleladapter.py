@@ -31,10 +31,8 @@ class ParallelAdapter(SublayerMethod):
         dropout: probability of dropping a feature of the bottleneck, in training only.
         target_modules: patterns of linear layers, each of which gets a branch beside it, fed with its own input; by
             default the feed-forward networks of all blocks are found.
-        blocks: path of the list of blocks, or patterns of several, where they are not found by themselves.
         train_norms: train every norm layer beside the adapters.
-        exclude_modules: patterns of sub-layers that are left out, each named by the layer where its output leaves.
-        layers_to_transform: see `TargetedMethod`; so for ``modules_to_save``.
+        blocks: see `SublayerMethod`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range.
@@ -83,7 +81,8 @@ class ParallelAdapter(SublayerMethod):
 
     def bottleneck(self, target: Target, stash: Stash | None) -> Bottleneck:
         """The branch beside ``target``, fed from ``stash``, or with the input of the target if there is none."""
-        return Bottleneck(
+        cls: type[Bottleneck] = self.adapter_types[target.site.kind]  # type: ignore[assignment]
+        return cls(
             target,
             self.r,
             activation=self.activation,
