@@ -55,7 +55,7 @@ def find_sublayers(
 ) -> list[Sublayer]:
     """The sub-layers of all blocks, block by block; of ``kinds`` alone.
 
-    They are told from structure. The linear layers and 1x1 convolutions below something that is called an attention
+    Where blocks are not named, all modules of their class are blocks. Sub-layers are told from structure. The linear layers and 1x1 convolutions below something that is called an attention
     form one, which ends at the last of them that is as wide as the block. Of the others, the last that is as wide ends
     the feed-forward network, which begins at the first of the same child of the block. A block that convolves over
     more than one place, but for channels by themselves, has none.
@@ -75,6 +75,11 @@ def find_sublayers(
     """
     names = find_blocks(model, blocks, who)
     everything = candidates(model)
+    if blocks is None:
+        # some stand alone where others form a list, as in the middle of a UNet
+        alike = {base_class(model.get_submodule(name)) for name in names if _in_block(model, name, everything)}
+        alike -= {nn.Sequential, nn.ModuleDict}
+        names = [name for name, m in model.named_modules() if name in names or base_class(m) in alike]
     found = [s for name in names for s in _in_block(model, name, everything) if s.kind in kinds]
     for kind in kinds:
         if not any(s.kind == kind for s in found):
@@ -207,8 +212,12 @@ def _in_block(model: nn.Module, block: str, everything: list[Target]) -> list[Su
     for layer in layers:
         groups.setdefault(_attention_around(module, _inner(layer.owner, block)), []).append(layer)
     rest = groups.pop(None, [])
+    if rest and not groups and _is_attention(module, block.rpartition(".")[2]):
+        groups, rest = {"": rest}, []  # the block is one
     own = tuple(_outer(block, name) for name, size in norms.items() if size == width)
-    found = [_attention(model, block, group, width, path, own, inside) for path, group in groups.items() if path]
+    found = [
+        _attention(model, block, group, width, path, own, inside) for path, group in groups.items() if path is not None
+    ]
     if not any(_convolves(m) for m in module.modules()):
         found.append(_feedforward(model, block, rest, width, own))
     return [sublayer for sublayer in found if sublayer is not None]
@@ -249,7 +258,7 @@ def _feedforward(
 
 def _exit(model: nn.Module, block: str, end: Target, sublayer: str) -> Target:
     """``end``, or the layer of the block behind ``sublayer`` that scales its features one by one."""
-    if end.site.kind == "linear":
+    if end.site.kind == "linear" and sublayer != block:
         children = list(model.get_submodule(block).named_children())
         child = _inner(sublayer, block).partition(".")[0]
         behind = [name for name, _ in children].index(child) + 1
