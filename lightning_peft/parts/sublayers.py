@@ -55,10 +55,11 @@ def find_sublayers(
 ) -> list[Sublayer]:
     """The sub-layers of all blocks, block by block; of ``kinds`` alone.
 
-    Where blocks are not named, all modules of their class are blocks. Sub-layers are told from structure. The linear layers and 1x1 convolutions below something that is called an attention
-    form one, which ends at the last of them that is as wide as the block. Of the others, the last that is as wide ends
-    the feed-forward network, which begins at the first of the same child of the block. A block that convolves over
-    more than one place, but for channels by themselves, has none.
+    Where blocks are not named, all modules of their class are blocks. Sub-layers are told from structure. The linear
+    layers and 1x1 convolutions below something that is called an attention form one, which ends at the last of them
+    that is as wide as the block. Of the others, the last that is as wide ends the feed-forward network, which begins
+    at the first of the same child of the block. A block that convolves over more than one place, but for channels by
+    themselves, has none.
 
     Args:
         model: where to look.
@@ -263,7 +264,7 @@ def _exit(model: nn.Module, block: str, end: Target, sublayer: str) -> Target:
         child = _inner(sublayer, block).partition(".")[0]
         behind = [name for name, _ in children].index(child) + 1
         for name, module in children[behind : behind + 1]:
-            sizes = [tuple(p.shape) for p in module.parameters()]
+            sizes = [tuple(p.shape) for p in module._parameters.values() if p is not None]
             if "scale" in base_class(module).__name__.lower() and sizes == [(end.d_out,)]:
                 return module_target(model, _outer(block, name), end.d_out)
     return _called(model, end)
@@ -312,7 +313,7 @@ def _norms(block: nn.Module) -> dict[str, int]:
 
 def _size_of_norm(module: nn.Module) -> int | None:
     known = "norm" in base_class(module).__name__.lower() and not isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if not known or any(True for _ in module.children()):
+    if not known or dict(module.named_children()).keys() - {"adapters"}:
         return None
     weight = module._parameters.get("weight")
     if weight is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import HoulsbyAdapter, LoRA, ParallelAdapter, PfeifferAdapter, inject
+from lightning_peft import AdaptFormer, HoulsbyAdapter, LoRA, ParallelAdapter, PfeifferAdapter, inject
 from lightning_peft.engine import TargetError
 from lightning_peft.parts.sublayers import find_sublayers, keys_and_values, n_heads
 from tests.methods.backbones import TinyBlocks, backbone
@@ -321,11 +321,13 @@ def test_blocks_and_sublayers_are_chosen() -> None:
     assert [t.name for t in excluded.targets(scaled)] == ["blocks.0.ls1", "blocks.1.ls1"]
 
 
-def test_an_adapted_model_has_the_same_sublayers() -> None:
-    model = backbone("vit")
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_an_adapted_model_has_the_same_sublayers(name: str) -> None:
+    model = FOUND[name][0]()
     before = [(s.kind, s.entry.name, s.exit.name, s.norms) for s in find_sublayers(model)]
     inject(model, LoRA(r=2), name="lora")
-    inject(model, ParallelAdapter(r=2), name="parallel")
+    inject(model, AdaptFormer(r=2), name="parallel")
+    inject(model, HoulsbyAdapter(r=2), name="series")
     assert [(s.kind, s.entry.name, s.exit.name, s.norms) for s in find_sublayers(model)] == before
 
 
