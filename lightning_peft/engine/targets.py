@@ -181,7 +181,7 @@ def select_targets(
             raise TargetError(f"{who}: exclude_modules {pattern!r} matched no layer of {_describe(model)}.{hint}")
         chosen -= left_out
     if layers_to_transform is not None:
-        chosen = _keep_layers(chosen, layers_to_transform, who)
+        chosen = keep_layers(chosen, layers_to_transform, who)
     if not chosen:
         raise TargetError(f"{who}: exclude_modules left nothing of target_modules {target_modules!r} to adapt.")
     return [t for t in supported if t.name in chosen]
@@ -254,7 +254,7 @@ def select_parameters(
         chosen = below(select_modules(model, target_modules, who))
     chosen -= below(select_modules(model, exclude_modules, who))
     if layers_to_transform is not None:
-        chosen = _keep_layers(chosen, layers_to_transform, who)
+        chosen = keep_layers(chosen, layers_to_transform, who)
     return [name for name in everything if name in chosen]
 
 
@@ -280,7 +280,7 @@ def _selects(model: nn.Module, pattern: str, target: Target) -> bool:
     return isinstance(attention, nn.MultiheadAttention) and matches(pattern, parent, attention)
 
 
-def _keep_layers(names: Iterable[str], indices: Sequence[int], who: str) -> set[str]:
+def keep_layers(names: Iterable[str], indices: Sequence[int], who: str) -> set[str]:
     index = {name: int(number[0]) for name in names if (number := re.findall(r"(?:^|\.)(\d+)(?:\.|$)", name))}
     missing = sorted(set(indices) - set(index.values()))
     if missing:

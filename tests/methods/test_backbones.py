@@ -71,6 +71,10 @@ def test_every_trainable_parameter_gets_a_gradient(cls: type[Method], name: str)
         call(name, model).square().mean().backward()
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
         assert frozen == []
+        for seed in range(3, 8):  # a unit that is off at one point (ReLU) is on at another
+            if all(p.grad is not None and p.grad.any() for p in trainable(model).values()):
+                break
+            call(name, moved(model, seed)).square().mean().backward()
         # those that even the base cannot train (unused, or cancelled by a later layer) show in the base as well
         base = backbone(name).requires_grad_(True)
         call(name, base).square().mean().backward()
@@ -93,9 +97,9 @@ def test_all_ways_to_run_agree(cls: type[Method], name: str) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        first, second = call(name, model), call(name, model)
-        if torch.equal(first, second):  # else the method draws random numbers in training
-            torch.testing.assert_close(first, expected, **CLOSE)
+        first = call(name, model)
+        if not torch.allclose(first, expected, **CLOSE):  # then the method draws random numbers in training
+            assert any(not torch.equal(call(name, model), first) for _ in range(10))
 
 
 @every_method
