@@ -1,0 +1,3 @@
+"""Trained tokens beside those of the input."""
+
+from .prefixtuning import PrefixTuning as PrefixTuning
