@@ -38,17 +38,20 @@ class Prefix(Adapter):
     Args:
         target: the attention.
         p: tokens of the prefix.
+        who: how errors name the method.
         init_std: standard deviation of the start, without a trunk.
         trunk: what the prefix is made of.
         owns: whether the trunk is this adapter's.
     """
 
-    def __init__(self, target: Target, p: int, init_std: float, trunk: Trunk | None = None, owns: bool = False) -> None:
+    def __init__(
+        self, target: Target, p: int, init_std: float, who: str, trunk: Trunk | None = None, owns: bool = False
+    ) -> None:
         super().__init__()
         widths = widths_of(target.module)
         if widths is None:
             raise AdapterError(f"{target.name!r} is no attention. Choose one that has projections to keys and values.")
-        self.init_std, self.d_keys = init_std, widths.keys
+        self.init_std, self.who, self.d_keys = init_std, who, widths.keys
         self.known: tuple[Trunk, ...] = () if trunk is None else (trunk,)  # in a tuple it is no child
         if trunk is None:
             self.keys, self.values = target.new_parameter(p, widths.keys), target.new_parameter(p, widths.values)
@@ -79,7 +82,7 @@ class Prefix(Adapter):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the attention answers with the longer keys and values."""
-        return seen_by(Prepend(*self.prefix()), layer.module, lambda: layer(x), type(self).__name__)
+        return seen_by(Prepend(*self.prefix()), layer.module, lambda: layer(x), self.who)
 
     def unmergeable_because(self) -> str:
         """Keys and values are no weights."""

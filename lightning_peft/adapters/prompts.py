@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, Method, Target
 from lightning_peft.engine.limits import Count, WholeNumber
+from lightning_peft.engine.slots import base_class
 from lightning_peft.parts.attention import Prepend, Record, seen_by
 from lightning_peft.parts.tokens import TokenTarget, stack_targets, text_targets
 
@@ -34,8 +34,11 @@ class Prompt(nn.Module):
         """(p, D)."""
         return self.table
 
-    def shift(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The embedded tokens (batch, n, D) themselves; ``positions`` (n,) or (batch, n) count those of the input."""
+    def shift(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
+        """The embedded tokens (batch, n, D) themselves.
+
+        ``positions`` (n,) or (batch, n) are their places in a text of no more than ``length`` tokens.
+        """
         return x
 
 
@@ -46,13 +49,14 @@ class Tokens(Adapter):
         target: the module.
         prompt: the tokens that come in; None where they came in before.
         p: how many they are.
+        who: how errors name the method.
     """
 
     prompt: Prompt | None
 
-    def __init__(self, target: TokenTarget, prompt: Prompt | None, p: int) -> None:
+    def __init__(self, target: TokenTarget, prompt: Prompt | None, p: int, who: str) -> None:
         super().__init__()
-        self.prompt, self.p = prompt, p
+        self.prompt, self.p, self.who = prompt, p, who
         self.start, self.removes, self.causal, self.limit = target.start, target.removes, target.causal, target.limit
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
@@ -77,6 +81,11 @@ class Tokens(Adapter):
         return torch.cat([x.narrow(axis, 0, self.start), _from(x, axis, self.start + self.p)], dim=axis)
 
 
+def _others(layer: Layer) -> int:
+    """How many tokens the adapters below carry, or bring in."""
+    return sum(adapter.p for adapter in layer._below if isinstance(adapter, Tokens))
+
+
 def _from(x: Tensor, axis: int, first: int) -> Tensor:
     return x.narrow(axis, first, x.shape[axis] - first)
 
@@ -96,16 +105,16 @@ class TextTokens(Tokens):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise AdapterError(
-                f"{type(self).__name__}: {type(layer.module).__name__} was given "
+                f"{self.who}: {base_class(layer.module).__name__} was given "
                 f"{'neither' if ids is None else 'both'} of input_ids and inputs_embeds. Give one of them."
             )
         if embeds is None:
             embeds = layer.module.get_input_embeddings()(ids)
         cache = given.get("cache", given.get("past_key_values"))
         past = 0 if cache is None else int(cache.get_seq_length())
-        before = max(past - self.p, 0)  # tokens of the text that the cache holds
+        before = max(past - self.p - _others(layer), 0)  # tokens of the text that the cache holds
         n = embeds.shape[1]
-        self._check(given, before, past, n)
+        self._check(given, before, n)
 
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         counted = torch.arange(before, before + n, device=embeds.device)
@@ -122,7 +131,7 @@ class TextTokens(Tokens):
         if mask is not None:
             given["attention_mask"] = self._mask(mask, rows=not past)
         prompt: Prompt = self.prompt  # type: ignore[assignment]  # here they always come in
-        embeds = prompt.shift(embeds, counted)
+        embeds = prompt.shift(embeds, counted, before + n)
         if not past:
             new = prompt().to(embeds.dtype).expand(len(embeds), -1, -1)
             embeds = self.insert(embeds, new)
@@ -134,22 +143,22 @@ class TextTokens(Tokens):
         answer = layer(given.pop(first, None), **given)
         return answer if past or not self.removes else self._without(answer, n + self.p)
 
-    def _check(self, given: dict[str, Any], before: int, past: int, n: int) -> None:
+    def _check(self, given: dict[str, Any], before: int, n: int) -> None:
         mask = given.get("attention_mask")
         if mask is not None and not isinstance(mask, Tensor) or given.get("cu_seq_lens_q") is not None:
             raise AdapterError(
-                f"{type(self).__name__}: the mask was made elsewhere, for the tokens without a prompt. Give an "
-                "attention_mask of padding (2-D), or one that is added to the scores (4-D); generate with a dynamic cache."
+                f"{self.who}: the mask was made elsewhere, for the tokens without a prompt. Give an "
+                "attention_mask of padding (2-D), or one added to the scores (4-D); generate with a dynamic cache."
             )
         if mask is not None and mask.shape[-1] != before + n:
             raise AdapterError(
-                f"{type(self).__name__}: attention_mask is of {mask.shape[-1]} tokens, but there are {before} in the "
+                f"{self.who}: attention_mask is of {mask.shape[-1]} tokens, but there are {before} in the "
                 f"cache (beside the prompt) and {n} new ones. Fill the cache with the prompt in place, and give a mask "
                 "of all tokens; static caches are not known here."
             )
         if self.limit is not None and before + n + self.p > self.limit:
             raise AdapterError(
-                f"{type(self).__name__}: {before + n} tokens and a prompt of {self.p} need more than the {self.limit} "
+                f"{self.who}: {before + n} tokens and a prompt of {self.p} need more than the {self.limit} "
                 "positions of this model. Cut the text, or use fewer num_virtual_tokens."
             )
 
@@ -222,21 +231,22 @@ class BlockTokens(Tokens):
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[1] < self.start:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise AdapterError(
-                f"{type(self).__name__}: {type(layer.module).__name__} was given {shape} where tokens (batch, n, width) "
-                f"with {self.start} class tokens at the front were expected. Name the blocks, or class_tokens."
+                f"{self.who}: {base_class(layer.module).__name__} was given {shape}, not tokens (batch, n, "
+                f"width) with {self.start} class tokens in front. Name the right blocks, or other class_tokens."
             )
         if self.prompt is not None:
-            x = self.prompt.shift(x, torch.arange(x.shape[1], device=x.device))
+            x = self.prompt.shift(x, torch.arange(x.shape[1], device=x.device), x.shape[1])
             x = self.insert(x, self.tokens().to(x.dtype).expand(len(x), -1, -1))
         given = layer.arguments()
-        changed = {name: self._argument(name, value, given, x) for name, value in given.items()}
+        n = x.shape[1] - self.p - (0 if self.prompt is not None else _others(layer))  # as its caller knows it
+        changed = {name: self._argument(name, value, given, n) for name, value in given.items()}
         y = layer(x, **changed) if changed else layer(x)
         if not self.removes:
             return y
         seen = y[0] if isinstance(y, tuple) else y
-        if seen.shape[1] != x.shape[1]:
+        if layer.is_base and seen.shape[1] != x.shape[1]:
             raise AdapterError(
-                f"{type(self).__name__}: {type(layer.module).__name__} answered {seen.shape[1]} tokens where it was "
+                f"{self.who}: {base_class(layer.module).__name__} answered {seen.shape[1]} tokens where it was "
                 f"given {x.shape[1]}, so the prompt cannot be found again. Choose other blocks."
             )
         return (self.remove(seen), *y[1:]) if isinstance(y, tuple) else self.remove(seen)
@@ -245,17 +255,16 @@ class BlockTokens(Tokens):
         """(p, D)."""
         return F.dropout(self.prompt(), self.dropping, self.training)  # type: ignore[misc]  # asked only where it is
 
-    def _argument(self, name: str, value: Any, given: dict[str, Any], x: Tensor) -> Any:
+    def _argument(self, name: str, value: Any, given: dict[str, Any], n: int) -> Any:
         if name == "is_causal" and value:  # a hint that the longer mask does not keep to
             return not any("mask" in other and isinstance(given[other], Tensor) for other in given)
         if not isinstance(value, Tensor) or "mask" not in name:
             if value is not None and any(word in name for word in ("rope", "rotary", "freqs")):
                 raise AdapterError(
-                    f"{type(self).__name__}: the block is given {name}, positions of its tokens alone. Use "
+                    f"{self.who}: the block is given {name}, positions of its tokens alone. Use "
                     "PrefixTuning, which leaves the number of tokens as it is."
                 )
             return value
-        n = x.shape[1] - self.p
         if value.shape[-1] != n:
             return value  # of another sequence
         if value.dtype == torch.bool:
@@ -273,12 +282,12 @@ class WindowTokens(BlockTokens):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the block answers; the grid stays as it is."""
-        block, who = layer.module, type(self).__name__
+        block = layer.module
         seen = Record()
         given = block.norm1(self.tokens().to(x.dtype)[None])
-        seen_by(seen, block.attn, lambda: block.attn(given), who)
+        seen_by(seen, block.attn, lambda: block.attn(given), self.who)
         keys, values = (t[0].transpose(0, 1).flatten(1) for t in (seen.key, seen.value))
-        return seen_by(Prepend(keys, values), block.attn, lambda: layer(x), who)
+        return seen_by(Prepend(keys, values), block.attn, lambda: layer(x), self.who)
 
 
 _ADAPTERS: dict[str, type[Tokens]] = {
@@ -289,11 +298,11 @@ _ADAPTERS: dict[str, type[Tokens]] = {
 }
 
 
-def tokens_adapter(target: Target, prompt: Callable[[Target], Prompt], p: int) -> Tokens:
+def tokens_adapter(target: Target, prompt: Callable[[Target], Prompt], p: int, who: str) -> Tokens:
     """The adapter for ``target``, with a prompt where one comes in."""
     if not isinstance(target, TokenTarget):
         raise AdapterError(f"{target.name!r} takes no tokens. Make such targets with text_targets or stack_targets.")
-    return _ADAPTERS[target.place](target, prompt(target) if target.inserts else None, p)
+    return _ADAPTERS[target.place](target, prompt(target) if target.inserts else None, p, who)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +345,7 @@ class PromptMethod(Method):
 
     def adapter(self, target: Target) -> Adapter:
         """The tokens, or what they need on their way."""
-        return tokens_adapter(target, self.prompt, self.num_virtual_tokens)
+        return tokens_adapter(target, self.prompt, self.num_virtual_tokens, type(self).__name__)
 
     def num_trainable(self, target: Target) -> int:
         """Those of the prompt, where it comes in."""

@@ -16,8 +16,9 @@ from lightning_peft.parts.attention import find_attentions, widths_of
 from lightning_peft.parts.blocks import find_blocks
 
 # tokens of their own that models put before those of the input: (1, n, D), or (D,) for one
-_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token")
-_CLASS_TOKENS += ("reg_token", "register_tokens")
+_CLASS_TOKENS = frozenset(
+    {"cls_token", "class_token", "class_embedding", "dist_token", "distillation_token", "reg_token", "register_tokens"}
+)
 _POSITIONS = re.compile(r"\b(wpe|(embed_)?positions?(_embeddings?)?|position_embedding)$")
 _ROTARY = re.compile(r"rope|rotary|position_embeddings|freqs|position_bias")
 
@@ -68,9 +69,8 @@ def text_targets(
         TargetError: there are several, or none of that path, or it has too few positions.
     """
     found = {name: part for name, part in model.named_modules() if _embeds_text(part)}
-    found = {
-        n: part for n, part in found.items() if not any(o.startswith(f"{n}.".lstrip(".")) for o in found if o != n)
-    }
+    outer = {name for name in found if any(other != name and (not name or is_below(other, name)) for other in found)}
+    found = {name: part for name, part in found.items() if name not in outer}
     pairs = {name: pair for name, part in model.named_modules() if (pair := _encoder_decoder(part, name)) is not None}
     decoders = {decoder for _, decoder in pairs.values()}
     if module is not None:
@@ -94,8 +94,8 @@ def text_targets(
         limit = _positions(part)
         if limit is not None and p >= limit:
             raise TargetError(
-                f"{who}: num_virtual_tokens={p}, but {base_class(part).__name__} has {limit} positions for them and the "
-                "text. Ask for fewer, or use a model of longer texts."
+                f"{who}: num_virtual_tokens={p}, but {base_class(part).__name__} has {limit} positions for them and "
+                "the text. Ask for fewer, or use a model of longer texts."
             )
         width = part.get_input_embeddings().embedding_dim
         facts: dict[str, Any] = {"place": "text", "start": start, "causal": causal, "limit": limit}
@@ -125,10 +125,10 @@ def _embeds_text(part: nn.Module) -> bool:
 
 def _encoder_decoder(part: nn.Module, name: str) -> tuple[str, str] | None:
     encoder, decoder = getattr(part, "encoder", None), getattr(part, "decoder", None)
-    if isinstance(encoder, nn.Module) and isinstance(decoder, nn.Module) and _embeds_text(encoder):
-        if "encoder_hidden_states" in parameters_of(decoder):
-            return f"{name}.encoder".lstrip("."), f"{name}.decoder".lstrip(".")
-    return None
+    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or not _embeds_text(encoder):
+        return None
+    looks = "encoder_hidden_states" in parameters_of(decoder)
+    return (f"{name}.encoder".lstrip("."), f"{name}.decoder".lstrip(".")) if looks else None
 
 
 def _positions(part: Any) -> int | None:
@@ -231,8 +231,8 @@ def _check_windows(model: nn.Module, names: list[str], deep: bool, who: str) -> 
             )
     if not deep:
         raise TargetError(
-            f"{who}: {names[0]!r} looks at windows of a grid, through which no token is carried on. Use VPT(deep=True), "
-            "where each block has its own."
+            f"{who}: {names[0]!r} looks at windows of a grid, through which no token is carried on. Use "
+            "VPT(deep=True), where each block has its own."
         )
 
 

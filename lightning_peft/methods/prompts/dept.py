@@ -9,7 +9,7 @@ Deviates from the paper: positions count the tokens of a sample, so a row that i
           same sample alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -35,11 +35,11 @@ class Decomposed(Prompt):
         uniform(self.A, self.A.shape[1] ** -0.5, generator)
         self.B.zero_()
 
-    def shift(self, x: Tensor, positions: Tensor) -> Tensor:
+    def shift(self, x: Tensor, positions: Tensor, length: int) -> Tensor:
         """x + (A B)[positions]."""
-        if x.shape[1] > len(self.A):
+        if length > len(self.A):
             raise AdapterError(
-                f"DePT: the text has {x.shape[1]} tokens, but max_length={len(self.A)} of them can be changed. Raise "
+                f"DePT: the text has {length} tokens, but max_length={len(self.A)} of them can be changed. Raise "
                 "max_length, or cut the text."
             )
         return x + (self.A[positions] @ self.B).to(x.dtype)
@@ -103,5 +103,5 @@ class DePT(PromptMethod):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         """Longer than the text, and of rank 1."""
-        common = {"max_length": 16, "low_rank_learning_rate_ratio": 0.1}
-        return cls(num_virtual_tokens=3, r=2, **common), cls(num_virtual_tokens=2, r=1, class_tokens=1, **common)
+        first = cls(num_virtual_tokens=3, r=2, max_length=24, low_rank_learning_rate_ratio=0.1)
+        return first, replace(first, r=1, class_tokens=1)

@@ -73,7 +73,8 @@ class PrefixTuning(Method):
         """All with one trunk, which the first of them owns."""
         p, hidden = self.num_virtual_tokens, self.reparameterize
         trunk = Trunk(targets[0], p, hidden) if targets and hidden else None
-        return [Prefix(t, p, self.init_std, trunk, owns=trunk is not None and i == 0) for i, t in enumerate(targets)]
+        who, owns = type(self).__name__, trunk is not None
+        return [Prefix(t, p, self.init_std, who, trunk, owns=owns and i == 0) for i, t in enumerate(targets)]
 
     def num_trainable(self, target: Target) -> int:
         """p features of all keys and values; with a small network, its last layer: (h + 1) times those features."""

@@ -11,7 +11,7 @@ Deviates from HF PEFT: the network runs in evaluation too, so that what it makes
           the prompt itself, if you want to keep it alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -41,7 +41,7 @@ class Encoded(Prompt):
         normal(self.table, 1.0, generator)
         for layer in self.mlp:
             for parameter in layer.parameters():
-                uniform(parameter, layer.in_features**-0.5, generator)  # type: ignore[operator]
+                uniform(parameter, layer.in_features**-0.5, generator)  # type: ignore[operator, arg-type]
         for parameter in () if self.lstm is None else self.lstm.parameters():
             uniform(parameter, self.lstm.hidden_size**-0.5, generator)  # type: ignore[union-attr]
 
@@ -106,5 +106,5 @@ class PTuning(PromptMethod):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         """Both networks."""
-        small = {"num_virtual_tokens": 3, "encoder_hidden_size": 5}
-        return cls(**small), cls(**small, encoder="lstm", num_layers=1)
+        mlp = cls(num_virtual_tokens=3, encoder_hidden_size=5)
+        return mlp, replace(mlp, encoder="lstm", num_layers=1)

@@ -88,7 +88,7 @@ class VPT(Method):
     def adapter(self, target: Target) -> Adapter:
         """The tokens, or what carries them on."""
         p = self.num_virtual_tokens
-        adapter = tokens_adapter(target, lambda t: VisualPrompt(t, p), p)  # type: ignore[arg-type]
+        adapter = tokens_adapter(target, lambda t: VisualPrompt(t, p), p, type(self).__name__)  # type: ignore[arg-type]
         if isinstance(adapter, BlockTokens):
             adapter.dropping = self.dropout
         return adapter
