@@ -13,9 +13,7 @@ from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, Method, Ta
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.slots import base_class
 from lightning_peft.parts.attention import Prepend, Record, seen_by
-from lightning_peft.parts.tokens import TokenTarget, stack_targets, text_targets
-
-Embed = Callable[[Tensor], Tensor]
+from lightning_peft.parts.tokens import TokenTarget, embedding_of, stack_targets, text_targets
 
 
 class Prompt(nn.Module):
@@ -26,8 +24,8 @@ class Prompt(nn.Module):
         self.p = p
         self.table = target.new_parameter(p, target.d_out)
 
-    def reset(self, generator: torch.Generator, embed: Embed | None, vocabulary: int) -> None:
-        """Fill the parameters; ``embed`` maps ids below ``vocabulary`` to vectors, in models that do."""
+    def reset(self, generator: torch.Generator, embedding: nn.Embedding | None) -> None:
+        """Fill the parameters; ``embedding`` is that of the ids, in models that have one."""
         raise NotImplementedError
 
     def forward(self) -> Tensor:
@@ -62,9 +60,7 @@ class Tokens(Adapter):
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """As the prompt begins."""
         if self.prompt is not None:
-            embedding = layer.module.get_input_embeddings() if hasattr(self, "embeds") else None
-            vocabulary = 0 if embedding is None else embedding.num_embeddings
-            self.prompt.reset(generator, embedding, vocabulary)
+            self.prompt.reset(generator, embedding_of(layer.module))
 
     def unmergeable_because(self) -> str:
         """Tokens are no weights."""
@@ -95,8 +91,6 @@ class TextTokens(Tokens):
 
     Once the cache of a generation holds the prompt, masks and positions alone are made longer.
     """
-
-    embeds = True
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the module answers; its own tokens alone, unless a decoder is to look at the prompt too."""
@@ -150,11 +144,16 @@ class TextTokens(Tokens):
                 f"{self.who}: the mask was made elsewhere, for the tokens without a prompt. Give an "
                 "attention_mask of padding (2-D), or one added to the scores (4-D); generate with a dynamic cache."
             )
+        if getattr(given.get("cache", given.get("past_key_values")), "is_compileable", False):
+            raise AdapterError(
+                f"{self.who}: a static cache has room for the tokens without a prompt. Use a dynamic one, which is the "
+                "default of generate()."
+            )
         if mask is not None and mask.shape[-1] != before + n:
             raise AdapterError(
                 f"{self.who}: attention_mask is of {mask.shape[-1]} tokens, but there are {before} in the "
                 f"cache (beside the prompt) and {n} new ones. Fill the cache with the prompt in place, and give a mask "
-                "of all tokens; static caches are not known here."
+                "of all tokens."
             )
         if self.limit is not None and before + n + self.p > self.limit:
             raise AdapterError(
@@ -174,7 +173,20 @@ class TextTokens(Tokens):
     def _mask(self, mask: Tensor, rows: bool) -> Tensor:
         if mask.dim() == 2:  # one where there is a token
             return self.insert(mask, mask.new_ones(len(mask), self.p))
-        return longer(self, mask, mask.dtype == torch.bool, rows)
+        is_bool = mask.dtype == torch.bool
+        mask = longer(self, mask, is_bool, rows)
+        if rows and self.causal:
+            mask[..., self.start : self.start + self.p, :] = self._rows(mask, is_bool)
+        return mask
+
+    def _rows(self, mask: Tensor, is_bool: bool) -> Tensor:
+        """What the prompt of a causal model sees, (p, n): what is in front of it, and itself up to each token."""
+        sees = torch.ones(self.p, mask.shape[-1], dtype=torch.bool, device=mask.device).tril(self.start)
+        return (
+            sees
+            if is_bool
+            else torch.zeros_like(sees, dtype=mask.dtype).masked_fill(~sees, torch.finfo(mask.dtype).min)
+        )
 
     def _without(self, answer: Any, n: int) -> Any:
         if isinstance(answer, tuple):

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft.engine import Target, TargetError
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import base_class, is_slot
-from lightning_peft.engine.targets import module_target
+from lightning_peft.engine.targets import is_below, module_target
 from lightning_peft.parts.attention import find_attentions, widths_of
 from lightning_peft.parts.blocks import find_blocks
 
@@ -68,7 +68,7 @@ def text_targets(
     Raises:
         TargetError: there are several, or none of that path, or it has too few positions.
     """
-    found = {name: part for name, part in model.named_modules() if _embeds_text(part)}
+    found = {name: part for name, part in model.named_modules() if embedding_of(part) is not None}
     outer = {name for name in found if any(other != name and (not name or is_below(other, name)) for other in found)}
     found = {name: part for name, part in found.items() if name not in outer}
     pairs = {name: pair for name, part in model.named_modules() if (pair := _encoder_decoder(part, name)) is not None}
@@ -112,20 +112,22 @@ def parameters_of(module: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def _embeds_text(part: nn.Module) -> bool:
+def embedding_of(part: Any) -> nn.Embedding | None:
+    """The layer by which ``part`` embeds ids, if it takes their embeddings in place of them."""
     if not callable(getattr(part, "get_input_embeddings", None)):
-        return False
+        return None
     if not {"inputs_embeds", "attention_mask"} <= set(parameters_of(part)):
-        return False
+        return None
     try:
-        return isinstance(part.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
+        found = part.get_input_embeddings()
     except NotImplementedError:
-        return False
+        return None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def _encoder_decoder(part: nn.Module, name: str) -> tuple[str, str] | None:
     encoder, decoder = getattr(part, "encoder", None), getattr(part, "decoder", None)
-    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or not _embeds_text(encoder):
+    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or embedding_of(encoder) is None:
         return None
     looks = "encoder_hidden_states" in parameters_of(decoder)
     return (f"{name}.encoder".lstrip("."), f"{name}.decoder".lstrip(".")) if looks else None
@@ -167,7 +169,8 @@ def stack_targets(
     inside = {name: [a for a in attentions if a.startswith(name + ".")] for name in names}
     for name in names:
         _check_block(model, name, [attentions[a] for a in inside[name]], who)
-    windows = any(hasattr(attentions[a], "relative_position_bias_table") for name in names for a in inside[name])
+    biased = any(_has_bias(attentions[a]) for name in names for a in inside[name])
+    windows = biased or any(getattr(model.get_submodule(name), "window_size", None) for name in names)
     stacks = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     if windows:
         _check_windows(model, names, deep, who)
@@ -224,6 +227,7 @@ def _check_windows(model: nn.Module, names: list[str], deep: bool, who: str) -> 
         block = model.get_submodule(name)
         parts = [getattr(block, part, None) for part in ("norm1", "attn")]
         ours = all(isinstance(part, nn.Module) for part in parts) and hasattr(parts[1], "fused_attn")
+        ours = ours and _has_bias(parts[1])
         if not ours:
             raise TargetError(
                 f"{who}: {name!r}, a {base_class(block).__name__}, looks at windows, in a way that is not known here. "
@@ -234,6 +238,11 @@ def _check_windows(model: nn.Module, names: list[str], deep: bool, who: str) -> 
             f"{who}: {names[0]!r} looks at windows of a grid, through which no token is carried on. Use "
             "VPT(deep=True), where each block has its own."
         )
+
+
+def _has_bias(attention: Any) -> bool:
+    """Whether it adds a table of biases to the scores of its tokens, whose number is fixed by that."""
+    return getattr(attention, "relative_position_bias_table", None) is not None
 
 
 def _class_tokens(model: nn.Module, block: str) -> tuple[bool, int]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.adapters.prefix import uniform
-from lightning_peft.adapters.prompts import Embed, Prompt, PromptMethod
+from lightning_peft.adapters.prompts import Prompt, PromptMethod
 from lightning_peft.engine import Adapter, AdapterError, Target, register
 from lightning_peft.engine.limits import Count, Positive
 
@@ -29,7 +29,7 @@ class Decomposed(Prompt):
         self.A = target.new_parameter(method.max_length, method.r)
         self.B = target.new_parameter(method.r, target.d_out)
 
-    def reset(self, generator: torch.Generator, embed: Embed | None, vocabulary: int) -> None:
+    def reset(self, generator: torch.Generator, embedding: nn.Embedding | None) -> None:
         """table ~ U(-0.5, 0.5), A ~ U(-1/sqrt(r), 1/sqrt(r)), B = 0."""
         uniform(self.table, 0.5, generator)
         uniform(self.A, self.A.shape[1] ** -0.5, generator)

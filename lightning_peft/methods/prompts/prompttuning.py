@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
+from torch import nn
 
 from lightning_peft.adapters.prefix import uniform
-from lightning_peft.adapters.prompts import Embed, Prompt, PromptMethod
-from lightning_peft.engine import AdapterError, Target, register
+from lightning_peft.adapters.prompts import Prompt, PromptMethod
+from lightning_peft.engine import Target, TargetError, register
 from lightning_peft.engine.limits import check_range
+from lightning_peft.parts.tokens import embedding_of
 
 
 class Vectors(Prompt):
@@ -27,21 +29,15 @@ class Vectors(Prompt):
         super().__init__(target, method.num_virtual_tokens)
         self.method = method
 
-    def reset(self, generator: torch.Generator, embed: Embed | None, vocabulary: int) -> None:
+    def reset(self, generator: torch.Generator, embedding: nn.Embedding | None) -> None:
         """As ``init`` says."""
-        if self.method.init == "random" and not self.method.init_token_ids:
+        if embedding is None or not self.method.starts_at_ids:
             uniform(self.table, 0.5, generator)
             return
-        if embed is None:
-            raise AdapterError("the model embeds no ids that a prompt could start at. Use init='random'.")
         given = self.method.init_token_ids
-        ids = torch.tensor(given) if given else torch.randint(vocabulary, (self.p,), generator=generator)
-        if int(ids.max()) >= vocabulary:
-            raise AdapterError(
-                f"init_token_ids has {int(ids.max())}, but there are {vocabulary} ids. Give smaller ones."
-            )
+        ids = torch.tensor(given) if given else torch.randint(embedding.num_embeddings, (self.p,), generator=generator)
         ids = ids.repeat(-(-self.p // len(ids)))[: self.p]  # tiled, and cropped
-        self.table.copy_(embed(ids.to(self.table.device)))
+        self.table.copy_(embedding(ids.to(self.table.device)))
 
 
 @register("prompttuning")
@@ -85,6 +81,24 @@ class PromptTuning(PromptMethod):
         ok = all(isinstance(i, int) and i >= 0 for i in self.init_token_ids)
         check_range(type(self).__name__, "init_token_ids", self.init_token_ids, ok, "integers >= 0")
         super().__post_init__()
+
+    @property
+    def starts_at_ids(self) -> bool:
+        """Whether the prompt starts at embedded ids."""
+        return self.init == "vocabulary" or bool(self.init_token_ids)
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The part that embeds the text, or the blocks."""
+        found = super().targets(model)
+        embedding = embedding_of(found[0].module)
+        if self.starts_at_ids and embedding is None:
+            raise TargetError(f"PromptTuning: {found[0].name!r} embeds no ids to start at. Use init='random'.")
+        if embedding is not None and max(self.init_token_ids, default=0) >= embedding.num_embeddings:
+            raise TargetError(
+                f"PromptTuning: init_token_ids has {max(self.init_token_ids)}, but the model has "
+                f"{embedding.num_embeddings} ids. Take those of its own tokenizer."
+            )
+        return found
 
     def prompt(self, target: Target) -> Prompt:
         """Bare vectors."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.adapters.prefix import normal, uniform
-from lightning_peft.adapters.prompts import Embed, Prompt, PromptMethod
+from lightning_peft.adapters.prompts import Prompt, PromptMethod
 from lightning_peft.engine import Target, register
 from lightning_peft.engine.limits import Count
 
@@ -36,7 +36,7 @@ class Encoded(Prompt):
             self.mlp = nn.ModuleList([nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)])
         self.to_empty(device=self.table.device).to(self.table.dtype)
 
-    def reset(self, generator: torch.Generator, embed: Embed | None, vocabulary: int) -> None:
+    def reset(self, generator: torch.Generator, embedding: nn.Embedding | None) -> None:
         """T ~ N(0, 1); all others uniform within 1 / sqrt(features that the layer reads)."""
         normal(self.table, 1.0, generator)
         for layer in self.mlp:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.prefix import uniform
-from lightning_peft.adapters.prompts import BlockTokens, Embed, Prompt, Tokens, tokens_adapter
+from lightning_peft.adapters.prompts import BlockTokens, Prompt, Tokens, tokens_adapter
 from lightning_peft.engine import Adapter, Kind, Method, Target, register
 from lightning_peft.engine.limits import Count, Probability, WholeNumber
 from lightning_peft.parts.tokens import TokenTarget, stack_targets
@@ -30,7 +30,7 @@ class VisualPrompt(Prompt):
         super().__init__(target, p)
         self.bound = (6 / (3 * target.patch + target.d_out)) ** 0.5
 
-    def reset(self, generator: torch.Generator, embed: Embed | None, vocabulary: int) -> None:
+    def reset(self, generator: torch.Generator, embedding: nn.Embedding | None) -> None:
         """U(-v, v)."""
         uniform(self.table, self.bound, generator)
 
