@@ -350,7 +350,8 @@ def _slot_class(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Mo
 
     members: dict[str, Any] = {name: _effective_property(name) for name in parameters}
     members |= {"_slot_base": base, "_slot_parameters": parameters}
-    members |= {"__module__": base.__module__, "__reduce_ex__": reduce}
+    # str() of the class stays that of the base: transformers knows by it what a model can record (hidden states, say)
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": reduce}
     slot = SequentialSlot if issubclass(base, nn.Sequential) else Slot
     return type(f"Adapted{base.__name__}", (slot, base), members)
 

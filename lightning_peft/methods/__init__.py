@@ -5,6 +5,7 @@ from lightning_peft.engine import METHODS
 from .delta import *  # noqa: F403
 from .features import *  # noqa: F403
 from .lora import *  # noqa: F403
+from .prompts import *  # noqa: F403
 from .quantized import *  # noqa: F403
 from .sampling import *  # noqa: F403
 from .selective import *  # noqa: F403

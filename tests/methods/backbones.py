@@ -200,7 +200,7 @@ def _tokens(model: nn.Module) -> Tensor:
     return model(input_ids=ids).logits
 
 
-_TEXT: dict[str, Any] = {"vocab_size": 31, "attn_implementation": "eager"}
+_TEXT: dict[str, Any] = {"vocab_size": 31, "attn_implementation": "sdpa"}
 _VIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "num_heads": 3}
 _LLAMA: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
 

@@ -1,0 +1,96 @@
+"""Prefix tuning: trained keys and values in front of those of the tokens, in every attention.
+
+Paper:    Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021, arXiv:2101.00190. Without
+          the re-parameterisation it is P-tuning v2 (arXiv:2110.07602).
+Formula:  head(q) = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]
+Shapes:   P_k, P_v (p, n_kv_heads * d) in each attention, d features a head
+Init:     P_k, P_v ~ N(0, init_std^2). Even at zero they take their share of each softmax, so the output at the start
+          differs from the base. With ``reparameterize=h`` they are W tanh(T W_1^T + b_1)^T + b of a table T (p, D) ~
+          N(0, 1), which all attentions share with W_1 (h, D); the linear layers start as ``nn.Linear``
+Merge:    none: keys and values are no weights
+Deviates from HF PEFT: the prefix stands outside of the sequence. Positions of the tokens do not move, its keys are not
+          rotated (HF PEFT puts them into the cache unrotated too, but counts the tokens from p on), and the cache holds
+          the tokens alone. The small network runs in evaluation too, so what it makes is never stale.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import nn
+
+from lightning_peft.adapters.prefix import Prefix, Trunk
+from lightning_peft.engine import Adapter, Kind, Method, Target, register
+from lightning_peft.engine.limits import Count, NonNegative
+from lightning_peft.parts.attention import Widths, attention_targets, widths_of
+
+
+@register("prefixtuning")
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """Trained keys and values in every attention that calls ``F.scaled_dot_product_attention``.
+
+    Args:
+        num_virtual_tokens: p, keys and values that each attention gets.
+        reparameterize: inner features of the small network that makes them; None trains them directly.
+        init_std: standard deviation of the start, where they are trained directly.
+        target_modules: patterns of attentions; by default all but those that look at another sequence.
+
+    Raises:
+        TargetError: there is no attention whose keys and values can be reached. Models of transformers need
+            ``attn_implementation="sdpa"``.
+
+    >>> import torch
+    >>> from torch import nn, tensor
+    >>> from lightning_peft import inject
+    >>> attention = nn.MultiheadAttention(2, 1, bias=False, batch_first=True)
+    >>> for weight in (attention.in_proj_weight, attention.out_proj.weight):
+    ...     weight.data = torch.eye(2).repeat(len(weight) // 2, 1)
+    >>> model = inject(nn.Sequential(attention), PrefixTuning(num_virtual_tokens=1))
+    >>> prefix = attention.adapters["default"]
+    >>> prefix.keys.data, prefix.values.data = tensor([[0.0, 1.0]]), tensor([[5.0, 7.0]])
+    >>> x = tensor([[[1.0, 0.0]]])
+    >>> shares = torch.softmax(tensor([0.0, 1.0]) / 2**0.5, dim=0)
+    >>> torch.allclose(attention(x, x, x)[0], shares @ tensor([[5.0, 7.0], [1.0, 0.0]]))
+    True
+    """
+
+    paper: ClassVar[str] = "arXiv:2101.00190"
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Prefix}
+    needs_blocks: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+
+    num_virtual_tokens: Count = 20
+    reparameterize: Count | None = None
+    init_std: NonNegative = 0.02
+    target_modules: str | tuple[str, ...] | None = None
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The attentions."""
+        return attention_targets(model, self.target_modules, type(self).__name__)
+
+    def adapters(self, targets: list[Target]) -> list[Adapter]:
+        """All with one trunk, which the first of them owns."""
+        p, hidden = self.num_virtual_tokens, self.reparameterize
+        trunk = Trunk(targets[0], p, hidden) if targets and hidden else None
+        who, owns = type(self).__name__, trunk is not None
+        return [Prefix(t, p, self.init_std, who, trunk, owns=owns and i == 0) for i, t in enumerate(targets)]
+
+    def num_trainable(self, target: Target) -> int:
+        """p features of all keys and values; with a small network, its last layer: (h + 1) times those features."""
+        widths: Widths = widths_of(target.module)  # type: ignore[assignment]  # an attention, or it were no target
+        rows = self.num_virtual_tokens if self.reparameterize is None else self.reparameterize + 1
+        return rows * (widths.keys + widths.values)
+
+    def total_trainable(self, targets: list[Target]) -> int:
+        """The sum; with a small network, its table and first layer too: p D + h (D + 1)."""
+        total = super().total_trainable(targets)
+        if targets and self.reparameterize is not None:
+            width = targets[0].d_out
+            total += self.num_virtual_tokens * width + self.reparameterize * (width + 1)
+        return total
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Trained directly, and made by a small network."""
+        return cls(num_virtual_tokens=3), cls(num_virtual_tokens=2, reparameterize=5)
