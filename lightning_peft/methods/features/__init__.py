@@ -5,6 +5,7 @@ from .compacter import Compacter as Compacter
 from .houlsbyadapter import HoulsbyAdapter as HoulsbyAdapter
 from .ia3 import IA3 as IA3
 from .lofit import LoFiT as LoFiT
+from .mamadapter import MAMAdapter as MAMAdapter
 from .mosa import MoSA as MoSA
 from .paralleladapter import ParallelAdapter as ParallelAdapter
 from .pfeifferadapter import PfeifferAdapter as PfeifferAdapter
