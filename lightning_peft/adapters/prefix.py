@@ -1,5 +1,6 @@
 """A prefix: trained keys and values before those that an attention makes of its tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,23 @@ class Prefix(Adapter):
     def unmergeable_because(self) -> str:
         """Keys and values are no weights."""
         return "a prefix is keys and values beside those of the tokens, not a change of weights."
+
+
+def prefixes(targets: Sequence[Target], p: int, init_std: float, hidden: int | None, who: str) -> list[Adapter]:
+    """A prefix for each attention of ``targets``; with ``hidden``, all on one trunk, which the first of them owns."""
+    trunk = Trunk(targets[0], p, hidden) if targets and hidden else None
+    return [Prefix(t, p, init_std, who, trunk, owns=trunk is not None and i == 0) for i, t in enumerate(targets)]
+
+
+def num_prefix(target: Target, p: int, hidden: int | None) -> int:
+    """p features of all keys and values; with a trunk, its last layer: (hidden + 1) times those features."""
+    widths = widths_of(target.module)
+    return 0 if widths is None else (p if hidden is None else hidden + 1) * (widths.keys + widths.values)
+
+
+def num_trunk(targets: Sequence[Target], p: int, hidden: int | None) -> int:
+    """p D + hidden (D + 1), the table and the first layer; nothing without a trunk."""
+    return p * targets[0].d_out + hidden * (targets[0].d_out + 1) if targets and hidden else 0
 
 
 def normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, Method, Target
+from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, MethodWithHead, Target
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.slots import base_class
 from lightning_peft.parts.attention import Prepend, Record, seen_by
@@ -318,7 +318,7 @@ def tokens_adapter(target: Target, prompt: Callable[[Target], Prompt], p: int, w
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptMethod(Method):
+class PromptMethod(MethodWithHead):
     """A method that puts one prompt before the text, or before the tokens of the first block.
 
     Args:
@@ -327,6 +327,7 @@ class PromptMethod(Method):
         blocks: path of the list of blocks, in a model that embeds no text; see `find_blocks`.
         class_tokens: tokens that stay before the prompt. By default the first one, where a text is looked at both ways
             and heads read their answer there; none elsewhere.
+        modules_to_save: see `MethodWithHead`.
     """
 
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Tokens}

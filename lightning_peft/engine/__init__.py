@@ -17,6 +17,7 @@ from .merge import unmerge as unmerge
 from .method import METHODS as METHODS
 from .method import HostedMethod as HostedMethod
 from .method import Method as Method
+from .method import MethodWithHead as MethodWithHead
 from .method import TargetedMethod as TargetedMethod
 from .method import get_method as get_method
 from .method import list_methods as list_methods

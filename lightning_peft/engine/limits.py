@@ -28,6 +28,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and value == value
 
 
+def _all_strings(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
+
+
 Count = Annotated[int, Limit("an integer >= 1", lambda v: isinstance(v, int) and v >= 1)]
 WholeNumber = Annotated[int, Limit("an integer >= 0", lambda v: isinstance(v, int) and v >= 0)]
 Positive = Annotated[float, Limit("above 0", lambda v: _number(v) and v > 0)]
@@ -35,6 +39,7 @@ NonNegative = Annotated[float, Limit("at least 0", lambda v: _number(v) and v >=
 NonZero = Annotated[float, Limit("different from 0", lambda v: _number(v) and v != 0)]
 OneOrMore = Annotated[float, Limit("at least 1", lambda v: _number(v) and v >= 1)]
 Probability = Annotated[float, Limit("in [0, 1)", lambda v: _number(v) and 0 <= v < 1)]
+Patterns = Annotated[str | tuple[str, ...], Limit("a pattern or several", lambda v: _all_strings(v))]
 Share = Annotated[float, Limit("between 0 and 1", lambda v: _number(v) and 0 < v < 1)]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, Type
 from torch import Tensor, nn
 
 from lightning_peft.engine.errors import AdapterError, nearest
-from lightning_peft.engine.limits import check_fields, check_range
+from lightning_peft.engine.limits import Patterns, check_fields, check_range
 from lightning_peft.engine.slots import Adapter, Kind
 from lightning_peft.engine.targets import Target, is_below, select_modules, select_parameters, select_targets
 
@@ -63,6 +63,8 @@ class Method(ABC):
         """
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # every method is a dataclass
+            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
         check_fields(self)
 
     def targets(self, model: nn.Module) -> list[Target]:
@@ -139,7 +141,25 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetedMethod(Method):
+class MethodWithHead(Method):
+    """A method that may train modules whole beside its adapters: the head of a new task, for one.
+
+    Args:
+        modules_to_save: patterns of these modules; ``"output-head"`` finds the head by itself.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+    """
+
+    modules_to_save: Patterns = ()
+
+    def trained_in_place(self, model: nn.Module) -> list[str]:
+        """All parameters of ``modules_to_save``."""
+        return select_parameters(model, self.modules_to_save, who=type(self).__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedMethod(MethodWithHead):
     """A method that puts one adapter on each of the layers it is told to.
 
     Args:
@@ -147,27 +167,15 @@ class TargetedMethod(Method):
             method can adapt but the head), or names, last parts of names, regular expressions, or class names.
         exclude_modules: patterns of layers that are left out.
         layers_to_transform: indices of the blocks to adapt; all of them by default.
-        modules_to_save: patterns of modules that are trained whole, beside the adapters; ``"output-head"`` finds the
-            head by itself.
+        modules_to_save: see `MethodWithHead`.
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that the method cannot adapt.
     """
 
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] = ()
+    target_modules: Patterns = "all-linear"
+    exclude_modules: Patterns = ()
     layers_to_transform: tuple[int, ...] | None = None
-    modules_to_save: str | tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for field in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-            object.__setattr__(self, field, _frozen(getattr(self, field)))
-        for field in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, field)
-            patterns = (value,) if isinstance(value, str) else value
-            ok = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
-            check_range(type(self).__name__, field, value, ok, "a pattern or several")
-        super().__post_init__()
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers chosen by ``target_modules``, less those that are trained whole."""
@@ -181,10 +189,6 @@ class TargetedMethod(Method):
             who=type(self).__name__,
         )
         return [t for t in found if not any(is_below(t.name, name) for name in whole)]
-
-    def trained_in_place(self, model: nn.Module) -> list[str]:
-        """All parameters of ``modules_to_save``."""
-        return select_parameters(model, self.modules_to_save, who=type(self).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from lightning_peft.engine import Kind, Target, TargetedMethod, TargetError, select_modules, select_targets
+from lightning_peft.engine.limits import Patterns
 from lightning_peft.engine.slots import base_class, plain_name
 from lightning_peft.engine.targets import as_patterns, candidates, is_below, keep_layers, matches, module_target
 from lightning_peft.parts.blocks import find_blocks
@@ -112,14 +113,9 @@ class SublayerMethod(TargetedMethod):
     sublayers: ClassVar[tuple[SublayerKind, ...]] = ("feedforward",)
     layers: ClassVar[tuple[Kind, ...]] = ("linear", "conv")
 
-    target_modules: str | tuple[str, ...] = ()
-    blocks: str | tuple[str, ...] | None = None
+    target_modules: Patterns = ()
+    blocks: Patterns | None = None
     train_norms: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.blocks, list):
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-        super().__post_init__()
 
     def named(self, model: nn.Module) -> list[Target]:
         """The layers that ``target_modules`` names, less those that are trained whole."""

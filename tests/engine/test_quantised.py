@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft import BitFit, DoRA, FullFineTuning, LoRA, merge, unload
 from lightning_peft.engine import METHODS, AdapterError, MergeError, Method, TargetError, adapters_of, inject
-from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot
+from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny
 
 
 class Int8Linear(nn.Linear):
@@ -42,11 +42,20 @@ class FlatLinear(Int8Linear):
         return (self.weight.view(self.out_features, self.in_features).float() - 127) / 127 * self.absmax
 
 
-@pytest.fixture(params=[Int8Linear, FlatLinear])
+KINDS = [Int8Linear, FlatLinear]
+
+
+@pytest.fixture(params=KINDS)
 def base(request: Any) -> Tiny:
-    model = Tiny().eval()
-    for name in ("q_proj", "v_proj"):
-        setattr(model, name, request.param(getattr(model, name)))
+    return quantised(Tiny().eval(), request.param)  # type: ignore[return-value]
+
+
+def quantised(model: nn.Module, kind: Any) -> nn.Module:
+    """``model`` with all linear layers but the head in codes."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear) and name != "head":
+                setattr(parent, name, kind(child))
     return model
 
 
@@ -88,9 +97,11 @@ def test_codes_are_not_trained_in_place(base: Tiny) -> None:
     inject(base, BitFit())  # which trains no weight
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", [cls.examples()[0] for cls in METHODS.values()], ids=METHODS.keys())
-def test_every_method_calls_the_layer_or_is_refused(base: Tiny, method: Method) -> None:
-    model, before, x = copy.deepcopy(base), snapshot(base), torch.randn(4, 7)
+def test_every_method_calls_the_layer_or_is_refused(kind: Any, method: Method) -> None:
+    base = quantised(tiny(method), kind)
+    model, before, x = copy.deepcopy(base), snapshot(base), torch.randn(2, 4, 7)
     try:
         inject(model, method)
     except AdapterError as error:

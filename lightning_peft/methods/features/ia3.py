@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_peft import kernels
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, matches, register
+from lightning_peft.engine.limits import Patterns
 
 # customary names of key, value (or fused query-key-value) projections, and of second feed-forward layers
 _KEYS_VALUES = r".*\b(k|v|k_proj|v_proj|to_k|to_v|key|value|qkv|c_attn|query_key_value|in_proj_weight)"
@@ -72,8 +73,8 @@ class IA3(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2205.05638"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Rescaling}
 
-    target_modules: str | tuple[str, ...] = rf"{_KEYS_VALUES}|{_FEEDFORWARD}"
-    feedforward_modules: str | tuple[str, ...] = _FEEDFORWARD
+    target_modules: Patterns = rf"{_KEYS_VALUES}|{_FEEDFORWARD}"
+    feedforward_modules: Patterns = _FEEDFORWARD
 
     def is_feedforward(self, target: Target) -> bool:
         """Whether the input of ``target`` is rescaled."""

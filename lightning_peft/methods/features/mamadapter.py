@@ -16,28 +16,50 @@ from typing import ClassVar, Self
 from torch import nn
 
 from lightning_peft.adapters.bottleneck import Bottleneck
-from lightning_peft.adapters.prefix import Prefix
+from lightning_peft.adapters.prefix import Prefix, num_prefix, num_trunk, prefixes
 from lightning_peft.engine import Adapter, Kind, Target, register
-from lightning_peft.engine.limits import Count
+from lightning_peft.engine.limits import Count, NonNegative, Patterns
 from lightning_peft.methods.features.paralleladapter import ParallelAdapter
-from lightning_peft.methods.prompts.prefixtuning import PrefixTuning
 from lightning_peft.parts.attention import attention_targets, widths_of
 
 
 @register("mamadapter")
 @dataclass(frozen=True, kw_only=True)
 class MAMAdapter(ParallelAdapter):
-    """`PrefixTuning` in the attentions and a `ParallelAdapter` beside the feed-forward networks.
+    """A prefix in the attentions and a parallel adapter beside the feed-forward networks.
 
     Args:
         num_virtual_tokens: p, keys and values that each attention gets.
         reparameterize: inner features of the small network that makes the prefixes; None trains them directly.
+        init_std: standard deviation of the prefixes at the start, where they are trained directly.
         attentions: patterns of attentions; by default all but those that look at another sequence.
         r: width of the bottleneck; the paper takes 512.
         target_modules: see `ParallelAdapter`; so for the arguments that follow it, and for errors.
 
     Raises:
         TargetError: there is no attention whose keys and values can be reached; see `PrefixTuning`.
+
+    >>> import torch
+    >>> from lightning_peft import inject
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.attn = nn.MultiheadAttention(2, 1, bias=False, batch_first=True)
+    ...         self.up, self.down = nn.Linear(2, 3), nn.Linear(3, 2)
+    ...     def forward(self, x):
+    ...         return self.down(self.up(self.attn(x, x, x)[0]))
+    >>> model = nn.Sequential(Block(), Block())
+    >>> for weight in (model[0].attn.in_proj_weight, model[0].attn.out_proj.weight):
+    ...     weight.data = torch.eye(2).repeat(len(weight) // 2, 1)
+    >>> model = inject(model, MAMAdapter(num_virtual_tokens=1, r=1))
+    >>> prefix, branch = model[0].attn.adapters["default"], model[0].down.adapters["default"]
+    >>> prefix.keys.data, prefix.values.data = torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 7.0]])
+    >>> branch.down.data, branch.up.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [2.0]])
+    >>> h = torch.softmax(torch.tensor([0.0, 1.0]) / 2**0.5, dim=0) @ torch.tensor([[5.0, 7.0], [1.0, 0.0]])
+    >>> plain = nn.functional.linear(model[0].up(h), model[0].down.weight, model[0].down.bias)
+    >>> y = plain + 4 * h.sum().relu() * torch.tensor([1.0, 2.0])
+    >>> torch.allclose(model[0](torch.tensor([[[1.0, 0.0]]]))[0, 0], y)
+    True
     """
 
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Bottleneck, "conv": Bottleneck, "module": Prefix}
@@ -45,13 +67,8 @@ class MAMAdapter(ParallelAdapter):
 
     num_virtual_tokens: Count = 30
     reparameterize: Count | None = None
-    attentions: str | tuple[str, ...] | None = None
-
-    @property
-    def prefixes(self) -> PrefixTuning:
-        """The half that acts in attentions."""
-        facts = {"num_virtual_tokens": self.num_virtual_tokens, "reparameterize": self.reparameterize}
-        return PrefixTuning(target_modules=self.attentions, **facts)  # type: ignore[arg-type]  # the limits are the same
+    init_std: NonNegative = 0.02
+    attentions: Patterns | None = None
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The attentions, and the feed-forward networks with their taps."""
@@ -60,16 +77,19 @@ class MAMAdapter(ParallelAdapter):
     def adapters(self, targets: list[Target]) -> list[Adapter]:
         """Prefixes and bottlenecks."""
         attentions, others = _parted(targets)
-        return [*self.prefixes.adapters(attentions), *super().adapters(others)]
+        made = prefixes(attentions, self.num_virtual_tokens, self.init_std, self.reparameterize, type(self).__name__)
+        return [*made, *super().adapters(others)]
 
     def num_trainable(self, target: Target) -> int:
         """Of a prefix, or of a bottleneck."""
-        return self.prefixes.num_trainable(target) if _is_attention(target) else super().num_trainable(target)
+        if _is_attention(target):
+            return num_prefix(target, self.num_virtual_tokens, self.reparameterize)
+        return super().num_trainable(target)
 
     def total_trainable(self, targets: list[Target]) -> int:
-        """The sum of both halves."""
-        attentions, others = _parted(targets)
-        return self.prefixes.total_trainable(attentions) + super().total_trainable(others)
+        """The sum; with a small network, its table and first layer too: p D + h (D + 1)."""
+        trunk = num_trunk(_parted(targets)[0], self.num_virtual_tokens, self.reparameterize)
+        return super().total_trainable(targets) + trunk
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

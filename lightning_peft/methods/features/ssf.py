@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft import kernels
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, register
-from lightning_peft.engine.limits import NonNegative
+from lightning_peft.engine.limits import NonNegative, Patterns
 
 
 class ScaleShift(Adapter):
@@ -89,8 +89,8 @@ class SSF(TargetedMethod):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": ScaleShift, "conv": ScaleShift, "norm": ScaleShift}
     identity_at_init: ClassVar[bool] = False
 
-    target_modules: str | tuple[str, ...] = "all-layers"
-    modules_to_save: str | tuple[str, ...] = "output-head"
+    target_modules: Patterns = "all-layers"
+    modules_to_save: Patterns = "output-head"
     init_std: NonNegative = 0.02
 
     def targets(self, model: nn.Module) -> list[Target]:

@@ -18,15 +18,15 @@ from typing import ClassVar, Self
 
 from torch import nn
 
-from lightning_peft.adapters.prefix import Prefix, Trunk
-from lightning_peft.engine import Adapter, Kind, Method, Target, register
-from lightning_peft.engine.limits import Count, NonNegative
-from lightning_peft.parts.attention import Widths, attention_targets, widths_of
+from lightning_peft.adapters.prefix import Prefix, num_prefix, num_trunk, prefixes
+from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, register
+from lightning_peft.engine.limits import Count, NonNegative, Patterns
+from lightning_peft.parts.attention import attention_targets
 
 
 @register("prefixtuning")
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuning(Method):
+class PrefixTuning(MethodWithHead):
     """Trained keys and values in every attention that calls ``F.scaled_dot_product_attention``.
 
     Args:
@@ -34,6 +34,7 @@ class PrefixTuning(Method):
         reparameterize: inner features of the small network that makes them; None trains them directly.
         init_std: standard deviation of the start, where they are trained directly.
         target_modules: patterns of attentions; by default all but those that look at another sequence.
+        modules_to_save: modules trained whole; a head that is new to the model belongs here (``"output-head"``).
 
     Raises:
         TargetError: there is no attention whose keys and values can be reached. Models of transformers need
@@ -63,32 +64,23 @@ class PrefixTuning(Method):
     num_virtual_tokens: Count = 20
     reparameterize: Count | None = None
     init_std: NonNegative = 0.02
-    target_modules: str | tuple[str, ...] | None = None
+    target_modules: Patterns | None = None
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The attentions."""
         return attention_targets(model, self.target_modules, type(self).__name__)
 
     def adapters(self, targets: list[Target]) -> list[Adapter]:
-        """All with one trunk, which the first of them owns."""
-        p, hidden = self.num_virtual_tokens, self.reparameterize
-        trunk = Trunk(targets[0], p, hidden) if targets and hidden else None
-        who, owns = type(self).__name__, trunk is not None
-        return [Prefix(t, p, self.init_std, who, trunk, owns=owns and i == 0) for i, t in enumerate(targets)]
+        """A prefix in each attention."""
+        return prefixes(targets, self.num_virtual_tokens, self.init_std, self.reparameterize, type(self).__name__)
 
     def num_trainable(self, target: Target) -> int:
         """p features of all keys and values; with a small network, its last layer: (h + 1) times those features."""
-        widths: Widths = widths_of(target.module)  # type: ignore[assignment]  # an attention, or it were no target
-        rows = self.num_virtual_tokens if self.reparameterize is None else self.reparameterize + 1
-        return rows * (widths.keys + widths.values)
+        return num_prefix(target, self.num_virtual_tokens, self.reparameterize)
 
     def total_trainable(self, targets: list[Target]) -> int:
         """The sum; with a small network, its table and first layer too: p D + h (D + 1)."""
-        total = super().total_trainable(targets)
-        if targets and self.reparameterize is not None:
-            width = targets[0].d_out
-            total += self.num_virtual_tokens * width + self.reparameterize * (width + 1)
-        return total
+        return super().total_trainable(targets) + num_trunk(targets, self.num_virtual_tokens, self.reparameterize)
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

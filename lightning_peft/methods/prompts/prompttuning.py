@@ -77,10 +77,9 @@ class PromptTuning(PromptMethod):
     init_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "init_token_ids", tuple(self.init_token_ids))
+        super().__post_init__()
         ok = all(isinstance(i, int) and i >= 0 for i in self.init_token_ids)
         check_range(type(self).__name__, "init_token_ids", self.init_token_ids, ok, "integers >= 0")
-        super().__post_init__()
 
     @property
     def starts_at_ids(self) -> bool:

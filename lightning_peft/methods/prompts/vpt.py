@@ -18,8 +18,8 @@ from torch import nn
 
 from lightning_peft.adapters.prefix import uniform
 from lightning_peft.adapters.prompts import BlockTokens, Prompt, Tokens, tokens_adapter
-from lightning_peft.engine import Adapter, Kind, Method, Target, register
-from lightning_peft.engine.limits import Count, Probability, WholeNumber
+from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, register
+from lightning_peft.engine.limits import Count, Patterns, Probability, WholeNumber
 from lightning_peft.parts.tokens import TokenTarget, stack_targets
 
 
@@ -37,7 +37,7 @@ class VisualPrompt(Prompt):
 
 @register("vpt")
 @dataclass(frozen=True, kw_only=True)
-class VPT(Method):
+class VPT(MethodWithHead):
     """Trained tokens beside those of the patches.
 
     Args:
@@ -47,6 +47,7 @@ class VPT(Method):
         blocks: path of the list of blocks; found by itself if there is one.
         class_tokens: tokens that stay before the prompt; by default as many as the model has of its own (class,
             distillation, register).
+        modules_to_save: modules trained whole; a head that is new to the model belongs here (``"output-head"``).
 
     Raises:
         TargetError: the blocks take no further tokens: convolutions, or a number of tokens that is fixed.
@@ -77,7 +78,7 @@ class VPT(Method):
     num_virtual_tokens: Count = 5
     deep: bool = True
     dropout: Probability = 0.0
-    blocks: str | tuple[str, ...] | None = None
+    blocks: Patterns | None = None
     class_tokens: WholeNumber | None = None
 
     def targets(self, model: nn.Module) -> list[Target]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lightning_peft.adapters.projected import Projected, projected
 from lightning_peft.engine import Adapter, Kind, Method, Target, Training, register, select_parameters, select_targets
-from lightning_peft.engine.limits import Count, Positive
+from lightning_peft.engine.limits import Count, Patterns, Positive
 
 
 @register("galore")
@@ -56,8 +56,8 @@ class GaLore(Method):
     r: Count = 128
     update_proj_gap: Count = 200
     scale: Positive = 1.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] = ()
+    target_modules: Patterns = "all-linear"
+    exclude_modules: Patterns = ()
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers chosen by ``target_modules``."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import HostedMethod, Method, Training, check_range, get_method, register
-from lightning_peft.engine.limits import Count, NonNegative
+from lightning_peft.engine.limits import Count, NonNegative, Patterns
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 from lightning_peft.parts.switching import blocks_to_draw, draw, let_blocks_train
@@ -65,7 +65,7 @@ class IST(HostedMethod):
     n_subsets: Count = 3
     beta: float = 0.25
     mu: NonNegative = 10.0
-    blocks: str | tuple[str, ...] | None = None
+    blocks: Patterns | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine import Method, Training, register, select_parameters
+from lightning_peft.engine.limits import Patterns
 from lightning_peft.parts.blocks import find_blocks
 from lightning_peft.parts.switching import Moments, blocks_to_draw, check_sampling, draw, let_blocks_train
 
@@ -57,7 +58,7 @@ class LISA(Method):
 
     n_layers: int = 2
     interval_steps: int = 20
-    blocks: str | tuple[str, ...] | None = None
+    blocks: Patterns | None = None
     state_policy: Moments = "reset"
     seed: int = 0
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.projected import projected
 from lightning_peft.engine import Target, TargetError, Training, register
+from lightning_peft.engine.limits import Patterns
 from lightning_peft.engine.targets import is_below
 from lightning_peft.methods.sampling.galore import GaLore
 from lightning_peft.parts.blocks import find_blocks
@@ -60,7 +61,7 @@ class OwLore(GaLore):
     n_layers: int = 5
     interval_steps: int = 50
     outlier_threshold: float = 13.0
-    blocks: str | tuple[str, ...] | None = None
+    blocks: Patterns | None = None
     state_policy: Moments = "reset"
     seed: int = 0
 

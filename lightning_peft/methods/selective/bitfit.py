@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, TargetError, register, select_parameters
+from lightning_peft.engine.limits import Patterns
 
 
 class CreatedBias(Adapter):
@@ -62,8 +63,8 @@ class BitFit(TargetedMethod):
     paper: ClassVar[str] = "arXiv:2106.10199"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": CreatedBias}
 
-    target_modules: str | tuple[str, ...] = "all-layers"
-    modules_to_save: str | tuple[str, ...] = "output-head"
+    target_modules: Patterns = "all-layers"
+    modules_to_save: Patterns = "output-head"
     create_missing: bool = False
 
     def targets(self, model: nn.Module) -> list[Target]:

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, Self
 from torch import nn
 
 from lightning_peft.engine import Method, register, select_parameters
-from lightning_peft.engine.limits import Share
+from lightning_peft.engine.limits import Patterns, Share
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
@@ -57,7 +57,7 @@ class HFT(Method):
     level: Level = "category"
     stage: int = 0
     seed: int = 0
-    blocks: str | tuple[str, ...] | None = None
+    blocks: Patterns | None = None
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """The drawn half, and what lies outside of the blocks."""

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 from torch import nn
 
 from lightning_peft.engine import Method, register, select_parameters
+from lightning_peft.engine.limits import Patterns
 
 
 @register("linearprobe")
@@ -35,7 +36,7 @@ class LinearProbe(Method):
 
     paper: ClassVar[str] = "arXiv:1610.01644"
 
-    modules_to_save: str | tuple[str, ...] = "output-head"
+    modules_to_save: Patterns = "output-head"
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """All parameters of the head."""

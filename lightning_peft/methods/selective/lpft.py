@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import HostedMethod, Method, Training, get_method, register, select_parameters
-from lightning_peft.engine.limits import WholeNumber
+from lightning_peft.engine.limits import Patterns, WholeNumber
 from lightning_peft.parts.switching import let_train
 
 
@@ -54,7 +54,7 @@ class LPFT(HostedMethod):
 
     method: Method | str = "fullfinetuning"
     lp_epochs: WholeNumber = 1
-    head: str | tuple[str, ...] = "output-head"
+    head: Patterns = "output-head"
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """What the other method trains in place, and the head."""

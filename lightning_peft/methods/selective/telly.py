@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 from torch import nn
 
 from lightning_peft.engine import Method, check_range, register, select_parameters
+from lightning_peft.engine.limits import Patterns
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
@@ -44,7 +45,7 @@ class Telly(Method):
     keeps_base: ClassVar[bool] = False
 
     n_frozen: int | None = None
-    blocks: str | tuple[str, ...] | None = None
+    blocks: Patterns | None = None
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """What stands behind the frozen blocks."""
