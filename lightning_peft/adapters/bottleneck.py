@@ -48,23 +48,44 @@ class Stash:
 
     Args:
         of: name of the layer whose input is looked for; for errors.
+        around: whether the block and its norm layers are tapped, to find what that input was normalised from.
         block: input of the block.
         normed: input and output of the norm layer of the block that ran last.
-        prenorm: whether a norm layer of the block was given what the block was given.
+        prenorm: whether some norm layer was given what the block was given; kept, as an activation checkpoint inside
+            of the block computes again without a call of the block. None before the first forward.
         value: input of the branch.
     """
 
     of: str
+    around: bool = False
     block: Tensor | None = None
     normed: tuple[Tensor, Tensor] | None = None
-    prenorm: bool = False
+    prenorm: bool | None = None
     value: Tensor | None = None
+
+    def begin(self, x: Tensor) -> None:
+        """The block is given ``x``."""
+        self.block, self.normed, self.prenorm = x, None, False
+
+    def normalise(self, x: Tensor, y: Tensor) -> None:
+        """A norm layer of the block answers ``y`` for ``x``."""
+        self.normed = (x, y)
+        if x is self.block:
+            self.prenorm = True
 
     def enter(self, x: Tensor) -> None:
         """The sub-layer is given ``x``: keep the residual stream that ``x`` was normalised from, or ``x`` itself."""
-        residual = self.prenorm and self.normed is not None and self.normed[1] is x
-        self.value = self.normed[0] if residual else x  # type: ignore[index]
-        self.block, self.normed, self.prenorm = None, None, False
+        self.value = x
+        if self.around and self.prenorm is not False:
+            if self.normed is None:
+                raise AdapterError(
+                    f"the branch beside {self.of!r} reads what its block normalises, and no norm layer of the block "
+                    "was called before it. Call the whole block, and let activation checkpoints hold whole blocks; or "
+                    "use ParallelAdapter, whose branches read the input of the layer."
+                )
+            if self.normed[1] is x:
+                self.value = self.normed[0]
+        self.block, self.normed = None, None
 
     def take(self) -> Tensor:
         """The input of the branch, which is forgotten here."""
@@ -86,15 +107,13 @@ class Tap(Adapter):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """layer(x)."""
-        stash = self.stash
         if self.role == "block":
-            stash.block, stash.normed, stash.prenorm = x, None, False
+            self.stash.begin(x)
         elif self.role == "entry":
-            stash.enter(x)
+            self.stash.enter(x)
         y = layer(x)
         if self.role == "norm":
-            stash.prenorm = stash.prenorm or x is stash.block
-            stash.normed = (x, y)
+            self.stash.normalise(x, y)
         return y
 
     def unmergeable_because(self) -> str | None:
@@ -201,7 +220,9 @@ class Bottleneck(Adapter):
 
 def with_taps(targets: Sequence[Target], make: Callable[[Target, Stash | None], Adapter]) -> list[Adapter]:
     """An adapter for each of ``targets``: `Tap` for those that are linked to another, ``make(target, stash)`` else."""
-    stashes = {t.to: Stash(t.name) for t in targets if isinstance(t, Linked) and t.role == "entry"}
+    taps = [t for t in targets if isinstance(t, Linked)]
+    around = {t.to for t in taps if t.role == "block"}
+    stashes = {t.to: Stash(t.name, t.to in around) for t in taps if t.role == "entry"}
     return [Tap(stashes[t.to], t.role) if isinstance(t, Linked) else make(t, stashes.get(t.name)) for t in targets]
 
 

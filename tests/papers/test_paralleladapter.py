@@ -149,14 +149,35 @@ def test_nothing_of_a_forward_is_kept() -> None:
         stashes = {id(a.stash): a.stash for _, _, a in adapters_of(model) if isinstance(a, Tap)}
         assert len(stashes) == 2
         for stash in stashes.values():
-            assert (stash.block, stash.normed, stash.value, stash.prenorm) == (None, None, None, False)
+            assert (stash.block, stash.normed, stash.value) == (None, None, None)
 
 
-def test_a_network_that_is_called_in_parts_says_what_is_missing() -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_a_network_that_is_called_in_parts_says_what_is_missing(before: bool) -> None:
     model = inject(tiny(AdaptFormer()), AdaptFormer(r=2))
+    if before:
+        model(torch.randn(2, 5, 7))
     with pytest.raises(AdapterError, match=r"waits for the input .* 'blocks.1.mlp.0' was not called before\. Name"):
         model.get_submodule("blocks.1.mlp.2")(torch.randn(2, 20))
-    model.get_submodule("blocks.1.mlp")(torch.randn(2, 12))
+    with pytest.raises(AdapterError, match=r"beside 'blocks.1.mlp.0' reads .* no norm layer .*\. Call the whole block"):
+        model.get_submodule("blocks.1.mlp")(torch.randn(2, 12))
+    inject(other := tiny(AdaptFormer()), ParallelAdapter(r=2))
+    other.get_submodule("blocks.1.mlp")(torch.randn(2, 12))
+
+
+class PartCheckpointed(TinyBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + checkpoint(self.mlp, self.norm2(x), use_reentrant=False)
+
+
+def test_a_checkpoint_that_leaves_the_norm_layer_out_is_refused() -> None:
+    model, x = tiny(AdaptFormer()), torch.randn(2, 5, 7)
+    for block in model.get_submodule("blocks").children():
+        block.__class__ = PartCheckpointed
+    inject(model, AdaptFormer(r=2))
+    with pytest.raises(AdapterError, match="let activation checkpoints hold whole blocks"):
+        model(x).sum().backward()
 
 
 class Checkpointed(TinyBlock):

@@ -8,7 +8,8 @@ Shapes:   as AdaptFormer; M_1, ..., M_n of the shape of W, of zeros and ones, wh
 Init:     W_0 as in AdaptFormer; M_i: the i-th of n equal shares of all entries in random order
 Merge:    not possible: f is not linear
 Deviates: the authors keep n copies of W and mask their gradients, so that copy i differs from W_0 in M_i alone; W and
-          W_0 hold the same. Adam's moments of entries that rest go on, where theirs wait; they draw i in each forward.
+          W_0 hold the same. Adam's moments and weight decay of entries that rest go on, where theirs wait, and they
+          draw i in each forward.
           Left out: the loss that compares the outputs of two draws, and masks of whole rows or columns.
 """
 
