@@ -70,16 +70,16 @@ class Tokens(Adapter):
         """``new`` between the first ``start`` entries of ``x`` along ``axis`` and the others."""
         return torch.cat([x.narrow(axis, 0, self.start), new, _from(x, axis, self.start)], dim=axis)
 
-    def remove(self, x: Tensor, axis: int = 1) -> Tensor:
-        """The inverse of `insert`."""
-        if not self.start:
+    def remove(self, x: Tensor, axis: int = 1, after: int = 0) -> Tensor:
+        """The inverse of `insert`; ``after`` so many tokens of others that came in front of these since."""
+        first = self.start + after
+        if not first:
             return _from(x, axis, self.p)
-        return torch.cat([x.narrow(axis, 0, self.start), _from(x, axis, self.start + self.p)], dim=axis)
+        return torch.cat([x.narrow(axis, 0, first), _from(x, axis, first + self.p)], dim=axis)
 
 
-def _others(layer: Layer) -> int:
-    """How many tokens the adapters below carry, or bring in."""
-    return sum(adapter.p for adapter in layer._below if isinstance(adapter, Tokens))
+def _below(layer: Layer) -> list[Tokens]:
+    return [adapter for adapter in layer._below if isinstance(adapter, Tokens)]
 
 
 def _from(x: Tensor, axis: int, first: int) -> Tensor:
@@ -104,20 +104,22 @@ class TextTokens(Tokens):
             )
         if embeds is None:
             embeds = layer.module.get_input_embeddings()(ids)
-        cache = given.get("cache", given.get("past_key_values"))
-        past = 0 if cache is None else int(cache.get_seq_length())
-        before = max(past - self.p - _others(layer), 0)  # tokens of the text that the cache holds
+        past = self._past(given.get("cache", given.get("past_key_values")))
+        before = max(
+            past - self.p - sum(other.p for other in _below(layer)), 0
+        )  # tokens of the text that the cache holds
         n = embeds.shape[1]
         self._check(given, before, n)
 
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         counted = torch.arange(before, before + n, device=embeds.device)
-        if mask is not None and mask.dim() == 2:
+        if positions is not None and positions.dim() == 2:
+            counted = positions
+        elif mask is not None and mask.dim() == 2:
             counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -n:]
-        if positions is None and self.causal and counted.dim() == 2 and "position_ids" in names:
-            positions = counted
+            positions = counted if self.causal and "position_ids" in names else None
         if positions is not None:
-            if mask is None and self.causal and not past:
+            if mask is None and self.causal and not past:  # transformers finds packed documents by their positions
                 given["attention_mask"] = mask = _documents(positions)
             given["position_ids"] = self._positions(positions, past)
         if "cache_position" in given and given["cache_position"] is not None:
@@ -136,6 +138,15 @@ class TextTokens(Tokens):
         given.pop("input_ids", None)
         answer = layer(given.pop(first, None), **given)
         return answer if past or not self.removes else self._without(answer, n + self.p)
+
+    def _past(self, cache: Any) -> int:
+        try:
+            return 0 if cache is None else int(cache.get_seq_length())
+        except (ValueError, AttributeError):
+            raise AdapterError(
+                f"{self.who}: {type(cache).__name__} does not say how many tokens it holds, so it is not known whether "
+                "the prompt is among them. Call the model with use_cache=False."
+            ) from None
 
     def _check(self, given: dict[str, Any], before: int, n: int) -> None:
         mask = given.get("attention_mask")
@@ -182,11 +193,9 @@ class TextTokens(Tokens):
     def _rows(self, mask: Tensor, is_bool: bool) -> Tensor:
         """What the prompt of a causal model sees, (p, n): what is in front of it, and itself up to each token."""
         sees = torch.ones(self.p, mask.shape[-1], dtype=torch.bool, device=mask.device).tril(self.start)
-        return (
-            sees
-            if is_bool
-            else torch.zeros_like(sees, dtype=mask.dtype).masked_fill(~sees, torch.finfo(mask.dtype).min)
-        )
+        if is_bool:
+            return sees
+        return torch.zeros_like(sees, dtype=mask.dtype).masked_fill(~sees, torch.finfo(mask.dtype).min)
 
     def _without(self, answer: Any, n: int) -> Any:
         if isinstance(answer, tuple):
@@ -250,7 +259,8 @@ class BlockTokens(Tokens):
             x = self.prompt.shift(x, torch.arange(x.shape[1], device=x.device), x.shape[1])
             x = self.insert(x, self.tokens().to(x.dtype).expand(len(x), -1, -1))
         given = layer.arguments()
-        n = x.shape[1] - self.p - (0 if self.prompt is not None else _others(layer))  # as its caller knows it
+        others = _below(layer)
+        n = x.shape[1] - self.p - sum(other.p for other in others if other.prompt is None)  # as its caller knows it
         changed = {name: self._argument(name, value, given, n) for name, value in given.items()}
         y = layer(x, **changed) if changed else layer(x)
         if not self.removes:
@@ -261,7 +271,9 @@ class BlockTokens(Tokens):
                 f"{self.who}: {base_class(layer.module).__name__} answered {seen.shape[1]} tokens where it was "
                 f"given {x.shape[1]}, so the prompt cannot be found again. Choose other blocks."
             )
-        return (self.remove(seen), *y[1:]) if isinstance(y, tuple) else self.remove(seen)
+        after = sum(other.p for other in others if other.prompt is not None and not other.removes)
+        own = self.remove(seen, after=after)
+        return (own, *y[1:]) if isinstance(y, tuple) else own
 
     def tokens(self) -> Tensor:
         """(p, D)."""
@@ -298,7 +310,8 @@ class WindowTokens(BlockTokens):
         seen = Record()
         given = block.norm1(self.tokens().to(x.dtype)[None])
         seen_by(seen, block.attn, lambda: block.attn(given), self.who)
-        keys, values = (t[0].transpose(0, 1).flatten(1) for t in (seen.key, seen.value))
+        # those of the prompt alone: there may be a prefix in front of them
+        keys, values = (t[0, :, -self.p :].transpose(0, 1).flatten(1) for t in (seen.key, seen.value))
         return seen_by(Prepend(keys, values), block.attn, lambda: layer(x), self.who)
 
 

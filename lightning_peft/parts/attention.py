@@ -49,7 +49,7 @@ def widths_of(module: nn.Module) -> Widths | None:
     if fused is None:
         return None
     d_out, d_in = fused
-    keys = _grouped(module) or d_out // 3
+    keys = d_out // 2 if "q_attn" in shapes else _keys_in(module, d_out)
     return Widths(d_in, keys, keys)
 
 
@@ -61,12 +61,22 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _grouped(module: nn.Module) -> int | None:
-    """Features of all keys, where a fused projection makes fewer heads of them than of queries."""
+def _keys_in(module: nn.Module, d_out: int) -> int:
+    """Features of all keys in a projection to queries, keys and values at once; there may be fewer heads of keys."""
+    width = _number(module, "head_dim")
+    if width is not None:
+        heads = _number(module, "num_key_value_heads")
+        if heads is not None:
+            return heads * width
+        heads = _number(module, "num_heads", "num_attention_heads", "n_head")
+        if heads is not None:
+            return (d_out - heads * width) // 2
+    return d_out // 3
+
+
+def _number(module: nn.Module, *names: str) -> int | None:
     owners = (module, getattr(module, "config", None))
-    heads = next((n for o in owners if isinstance(n := getattr(o, "num_key_value_heads", None), int)), None)
-    width = next((n for o in owners if isinstance(n := getattr(o, "head_dim", None), int)), None)
-    return heads * width if heads and width else None
+    return next((n for owner in owners for name in names if isinstance(n := getattr(owner, name, None), int)), None)
 
 
 def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -181,7 +191,7 @@ class Prepend(Products):
             open_ = torch.ones(query.shape[-2], p + key.shape[-2], dtype=torch.bool, device=key.device)
             given |= {"attn_mask": open_.tril(p), "is_causal": False}
         elif mask is not None:
-            mask = mask.expand(*mask.shape[:-1], key.shape[-2])
+            mask = mask.expand(*mask.shape[:-1], key.shape[-2]) if mask.shape[-1] == 1 else mask
             given["attn_mask"] = F.pad(mask, (p, 0), value=mask.dtype == torch.bool)
         given["key"] = torch.cat([_as_heads(self.keys, key), key], dim=-2)
         given["value"] = torch.cat([_as_heads(self.values, given["value"]), given["value"]], dim=-2)

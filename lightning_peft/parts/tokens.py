@@ -89,7 +89,7 @@ def text_targets(
     targets = []
     for name in chosen:
         part, decoder = found[name], next((d for encoder, d in pairs.values() if encoder == name), None)
-        causal = any(getattr(m, "is_causal", False) is True for m in part.modules() if widths_of(m) is not None)
+        causal = _is_causal(part)
         start = class_tokens if class_tokens is not None else int(not causal and decoder is None)
         limit = _positions(part)
         if limit is not None and p >= limit:
@@ -110,6 +110,13 @@ def parameters_of(module: Any) -> tuple[str, ...]:
     if is_slot(module):
         return module._parameter_names
     return tuple(inspect.signature(module.forward).parameters)
+
+
+def _is_causal(part: nn.Module) -> bool:
+    """As its attentions say; one that says nothing is, if it keeps a cache."""
+    said = [m.is_causal for m in find_attentions(part).values() if isinstance(getattr(m, "is_causal", None), bool)]
+    caches = {"cache", "past_key_values", "cache_params"} & set(parameters_of(part))
+    return any(said) if said else bool(caches)
 
 
 def embedding_of(part: Any) -> nn.Embedding | None:

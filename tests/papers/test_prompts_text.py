@@ -177,8 +177,9 @@ def test_two_prompts_stand_side_by_side() -> None:
     torch.testing.assert_close(model(tokens).logits, expected)
 
 
-def test_documents_packed_into_one_row_see_the_prompt_and_not_each_other() -> None:
-    model, _ = adapted("llama")
+@pytest.mark.parametrize("method", [PromptTuning(num_virtual_tokens=P), DePT(num_virtual_tokens=P, r=2, max_length=9)])
+def test_documents_packed_into_one_row_see_the_prompt_and_not_each_other(method: Method) -> None:
+    model, _ = adapted("llama", method)
     tokens, lengths = ids(1, 9), (4, 5)
     alone = torch.cat([model(part).logits for part in tokens.split(lengths, dim=1)], dim=1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

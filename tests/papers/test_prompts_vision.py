@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import VPT, DePT, PromptTuning, PTuning, inject
+from lightning_peft import VPT, DePT, PrefixTuning, PromptTuning, PTuning, inject
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of
+from lightning_peft.parts.attention import Products
 from lightning_peft.parts.tokens import stack_targets
 from tests.methods.backbones import backbone, moved
 
@@ -198,6 +199,38 @@ def test_masks_of_an_encoder_grow_with_the_sequence(deep: bool, names: int) -> N
         torch.testing.assert_close(seen[~padding], h[~padding])
 
 
+def test_a_prompt_in_each_block_stands_beside_one_that_is_carried_on() -> None:
+    x, padding = torch.randn(3, 4, 12, dtype=torch.float64), torch.tensor([[False] * 4, [False, True, False, True]] * 2)
+    x, padding = x[:2], padding[:2]
+    for first in (True, False):
+        model, h = encoder(3), x
+        for name, deep in (("a", first), ("b", not first)):
+            moved(inject(model, VPT(num_virtual_tokens=2 if deep else P, deep=deep), name=name), seed=5)
+        deep_tables, (carried,) = (tables_of(model, n) for n in ("ab" if first else "ba"))
+        h = torch.cat([carried.expand(2, -1, -1), h], dim=1)
+        for table, block in zip(deep_tables, encoder(3).layers, strict=True):
+            h = torch.cat([table.expand(2, -1, -1), h], dim=1)
+            h = block(h, src_key_padding_mask=nn.functional.pad(padding, (5, 0)))[:, 2:]
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], h[:, P:][~padding])
+
+
+def test_a_prefix_in_the_same_windows_counts_once() -> None:
+    model, x = base("swin"), torch.randn(1, 8, 8, 8, dtype=torch.float64)
+    inject(model, VPT(num_virtual_tokens=P))
+    inject(model, PrefixTuning(num_virtual_tokens=2, init_std=1.0), name="prefix")
+    block = model.layers[0].blocks[0]
+    lengths: list[int] = []
+
+    class Lengths(Products):
+        def product(self, given: Any) -> Tensor:
+            lengths.append(given["key"].shape[-2])
+            return nn.functional.scaled_dot_product_attention(**given)
+
+    with Lengths():
+        block(x)
+    assert lengths == [4 * 4 + P + 2]
+
+
 def tables_of(model: nn.Module, name: str) -> list[Tensor]:
     return [a.prompt() for _, _, a in adapters_of(model, name) if a.prompt is not None]
 
@@ -349,3 +382,24 @@ def with_prompt(attention: Any, prompt: Tensor, x: Tensor) -> Tensor:
     scores = q[:, :, P:] @ k.transpose(-2, -1) * attention.scale
     scores[..., P:] += attention._get_rel_pos_bias()
     return attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_vpt_on_a_vision_transformer_of_transformers() -> None:
+    import transformers as t
+
+    small = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
+    torch.manual_seed(1)
+    plain = (
+        t.Dinov2WithRegistersModel(
+            t.Dinov2WithRegistersConfig(**small, image_size=16, patch_size=8, num_register_tokens=2)
+        )
+        .double()
+        .eval()
+    )
+    model, x = moved(inject(copy.deepcopy(plain), VPT(num_virtual_tokens=P))), image()
+    h = plain.embeddings(x)
+    for prompt, block in zip(tables(model), plain.encoder.layer, strict=True):
+        h = block(torch.cat([h[:, :3], prompt.expand(2, -1, -1), h[:, 3:]], dim=1))
+        h = h[0] if isinstance(h, tuple) else h
+        h = torch.cat([h[:, :3], h[:, 3 + P :]], dim=1)
+    torch.testing.assert_close(model(x).last_hidden_state, plain.layernorm(h))

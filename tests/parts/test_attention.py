@@ -50,6 +50,13 @@ class Grouped(nn.Module):
 def test_fewer_heads_of_keys_are_told_from_the_projections() -> None:
     assert widths_of(Grouped(False, True)) == Widths(10, 8, 6)
     assert widths_of(Grouped(True, True)) == widths_of(Grouped(True, False)) == Widths(10, 8, 8)
+    many = Grouped(True, True)
+    many.num_heads, many.num_key_value_heads = 6, None
+    assert widths_of(many) == Widths(10, 8, 8)
+    many.head_dim = None
+    assert widths_of(many) == Widths(10, 40 // 3, 40 // 3)
+    cross = nn.ModuleDict({"c_attn": nn.Linear(6, 12), "q_attn": nn.Linear(6, 6)})
+    assert widths_of(cross) == Widths(6, 6, 6)
     assert widths_of(nn.ModuleDict({"key": nn.Linear(3, 4)})) is None
     assert widths_of(nn.ModuleDict({"key": nn.ReLU(), "value": nn.ReLU()})) is None
 

@@ -10,7 +10,9 @@ Init:     P_k, P_v ~ N(0, init_std^2). Even at zero they take their share of eac
 Merge:    none: keys and values are no weights
 Deviates from HF PEFT: the prefix stands outside of the sequence. Positions of the tokens do not move, its keys are not
           rotated (HF PEFT puts them into the cache unrotated too, but counts the tokens from p on), and the cache holds
-          the tokens alone. The small network runs in evaluation too, so what it makes is never stale.
+          the tokens alone. In a batch that is padded on the left, rotated queries are right only with the
+          ``position_ids`` of each row, which ``generate`` gives. The small network runs in evaluation too, so what it
+          makes is never stale.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,9 @@ Shapes:   table (p, D) for embeddings D wide
 Init:     table ~ U(-0.5, 0.5), or rows of the embedding: sampled ones, or those of given ids
 Merge:    none: tokens are no weights
 Deviates from the paper: where a text is looked at both ways and its first token is the one that heads read (BERT), the
-          prompt comes behind it; models without a text get it before their first block.
+          prompt comes behind it; models without a text get it before their first block. Positions are those of each
+          sample, so padding does not count; but it does stand between prompt and text where attention looks back over
+          a window of fixed length and rows are padded on the left.
 """
 
 from dataclasses import dataclass
