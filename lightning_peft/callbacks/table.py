@@ -31,7 +31,7 @@ def adapter_table(model: nn.Module, name: str = "default", fused: Mapping[str, i
     for path, module, adapter in adapters_of(model, name):
         shape = " x ".join(map(str, adapter.site.get(module)[0].shape))
         base = f"{base_class(module).__name__} {shape}"
-        weight = "" if adapter.site.weight == "weight" else f".{adapter.site.weight}"
+        weight = "" if adapter.site.weight in ("weight", "") else f".{adapter.site.weight}"
         size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
         groups[collapsed(path + weight), base, type(adapter).__name__].append(size)
     owners: dict[str, list[str]] = defaultdict(list)
