@@ -1,0 +1,519 @@
+"""Side networks: taps that keep what the blocks of a frozen model answer, and an exit where a small network answers.
+
+The blocks run without a graph, so the model is never back-propagated through. The exit, the last of the blocks, holds
+all that trains: it takes what the taps have kept and changes what its own block answers; the rest of the model (the
+last norm, the head) follows as ever, with gradients.
+"""
+
+import math
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft.engine import (
+    Adapter,
+    AdapterError,
+    Layer,
+    Method,
+    Target,
+    TargetError,
+    check_range,
+    select_modules,
+    select_parameters,
+)
+from lightning_peft.engine.slots import base_class
+from lightning_peft.engine.targets import candidates, is_below, module_target
+from lightning_peft.parts.blocks import find_blocks
+from lightning_peft.parts.layout import (
+    Entered,
+    channels_first,
+    from_last,
+    from_map,
+    grid_of,
+    resample,
+    to_last,
+    width_in,
+    width_of,
+)
+
+Role = Literal["entry", "tap", "exit"]
+
+
+@dataclass(frozen=True)
+class Tap(Target):
+    """A module that is tapped.
+
+    Args:
+        role: the entry keeps what the model was given; the exit holds the side network; a tap does neither.
+        index: its place among the taps and exits; -2 for an entry that is none of them.
+        first: whether its channels are on axis 1.
+        enters: the model begins with it: it clears what an earlier forward has left, and keeps its input.
+        width_in: features of its input.
+        count: targets that belong together.
+    """
+
+    role: Role = "tap"
+    index: int = 0
+    first: bool = False
+    enters: bool = False
+    width_in: int = 0
+    count: int = 0
+
+
+def taps_of(
+    model: nn.Module, taps: str | Sequence[str] | None, who: str, *, exits: Sequence[str] = (), entry: str | None = ""
+) -> list[Tap]:
+    """The modules to tap: the entry if it is wanted, then the blocks in the order in which they are called.
+
+    Args:
+        model: where to look.
+        taps: as ``blocks`` in `find_blocks`.
+        who: how errors name the caller.
+        exits: which of them are exits; the last one by default.
+        entry: name of the first layer; None to find it, empty if the input of the model is not wanted.
+
+    Raises:
+        TargetError: there are no blocks, or blocks of several kinds, of which it cannot be told who is called when.
+    """
+    names = find_blocks(model, taps, who)
+    lists = list(dict.fromkeys(_list_of(name) for name in names))
+    if taps is None and len({"".join(c for c in path if not c.isdigit()) for path in lists}) > 1:
+        raise TargetError(
+            f"{who}: {base_class(model).__name__} holds several kinds of blocks ({', '.join(map(repr, lists[:4]))}), and "
+            "it cannot be told which are called last. Name those to tap, in the order of their calls: "
+            f"taps={lists[-1]!r}, say."
+        )
+    exits = [names[-1]] if not exits else exits
+    found = []
+    for index, name in enumerate(names):
+        module = model.get_submodule(name)
+        _check_batch_first(module, name, who)
+        width, first = width_of(module, name, who), channels_first(module)
+        found.append((name, width, "exit" if name in exits else "tap", index, first, width_in(module, name, who)))
+    enters = names[0]
+    if entry != "":
+        enters = _entry(model, entry, who)
+        if enters not in names:
+            module = model.get_submodule(enters)
+            given = sites_in(module)
+            found.insert(0, (enters, given[1], "entry", -2, isinstance(module, _CONVOLUTIONS), given[0]))
+    return [
+        _tap(model, name, width, role, index, first, name == enters, w_in, len(found))  # type: ignore[arg-type]
+        for name, width, role, index, first, w_in in found
+    ]
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _tap(model: nn.Module, name: str, width: int, *rest: Any) -> Tap:
+    target = module_target(model, name, width)
+    return Tap(target.name, target.module, target.site, target.owner, *rest)
+
+
+def _list_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def sites_in(module: nn.Module) -> tuple[int, int]:
+    """(features in, features out) of a layer that a model begins with."""
+    if isinstance(module, _CONVOLUTIONS):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Embedding):  # its input are numbers: what it answers is what there is to see
+        return module.embedding_dim, module.embedding_dim
+    d_out, d_in = candidates(module)[0].shape[:2]
+    return d_in, d_out
+
+
+def _entry(model: nn.Module, entry: str | None, who: str) -> str:
+    """Name of the first layer of the model; of its first block, if nothing comes before it."""
+    if entry is not None:
+        return select_modules(model, entry, who)[0]
+    first = next(t.owner for t in candidates(model) if t.site.kind in ("linear", "conv", "embedding"))
+    try:
+        blocks = find_blocks(model, None, who)
+    except TargetError:
+        return first
+    return next((name for name in blocks if is_below(first, name)), first)
+
+
+def _check_batch_first(module: nn.Module, name: str, who: str) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
+            raise TargetError(
+                f"{who}: {name!r} takes its tokens before its samples. Build the model with batch_first=True."
+            )
+
+
+class Stash:
+    """What the adapters of one injection hand to each other within one forward."""
+
+    def __init__(self) -> None:
+        self.entered: Entered | None = None
+        self.taps: dict[int, Tensor] = {}  # by index; -1 is the input of the first
+        self.replaced: list[tuple[Tensor, Tensor]] = []  # what exits answered, and what their blocks did
+        self.before: Any = None  # weakly: what the last forward had, as long as its graph lives
+
+    def start(self) -> None:
+        """A new forward: nothing is left of another."""
+        self.clear()
+        self.before = None
+
+    def clear(self) -> None:
+        """Let go of all that is kept."""
+        self.entered, self.taps, self.replaced = None, {}, []
+
+    def own(self, x: Tensor) -> Tensor:
+        """``x``, or what the block behind it answered, where an exit has changed it: blocks see their own model."""
+        for changed, raw in self.replaced:
+            if x is changed:
+                return raw
+        return x
+
+
+@dataclass
+class _Kept:
+    """All that a forward has kept; what an activation checkpoint runs again may hold but its last blocks."""
+
+    entered: Entered | None
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Quiet(Adapter):
+    """Runs its module without a graph, and keeps what it answers for the exit.
+
+    Where something inside of the module trains, or another adapter lies below, it runs as it is called: what others
+    train gets its gradients, and the memory is theirs. Gradients of what lies before the module end here.
+    """
+
+    def __init__(self, target: Tap, stash: Stash, method: "SideMethod") -> None:
+        super().__init__()
+        self.stash, self.who, self.attends = stash, type(method).__name__, method.attends
+        self.name, self.index, self.first, self.enters = target.name, target.index, target.first, target.enters
+        self.widths = target.width_in, target.d_out
+
+    def forward(self, x: Any, layer: Layer) -> Any:
+        """What the module answers."""
+        return self.tapped(x, layer)
+
+    def tapped(self, x: Any, layer: Layer) -> Any:
+        """The same, kept."""
+        stash = self.stash
+        if self.enters:
+            stash.start()
+        x = stash.own(x)
+        if self.index == 0 or (self.enters and self.index < 0):
+            self.check_cache(layer)
+        if self.index == 0:
+            stash.taps[-1] = x
+        y = self.run(x, layer)
+        features = features_of(y)
+        if self.enters:
+            stash.entered = entered(x, features, layer.module)
+        if self.index >= 0:
+            axis = 1 if self.first else -1
+            if features.dim() < 3 or features.shape[axis] != self.widths[1]:
+                raise AdapterError(
+                    f"{self.who}: {self.name!r} answered {tuple(features.shape)}; expected were {self.widths[1]} "
+                    f"features on axis {axis}. Name other modules in taps: blocks that answer tokens (B, N, C) or maps."
+                )
+            stash.taps[self.index] = features
+        return y
+
+    def run(self, x: Any, layer: Layer) -> Any:
+        """Call the module."""
+        with torch.no_grad() if layer.is_base and not _trains(layer.module) else nullcontext():
+            return layer(x)
+
+    def check_cache(self, layer: Layer) -> None:
+        """Refuse earlier tokens that only the model's own attention would see."""
+        for value in layer.arguments().values() if self.attends else ():
+            if hasattr(value, "get_seq_length") and value.get_seq_length() > 0:
+                raise AdapterError(
+                    f"{self.who}: {self.name!r} was given a cache of earlier tokens, which the side network does not "
+                    "have. Generate with use_cache=False."
+                )
+
+
+class Exit(Quiet):
+    """The last of the taps. Subclasses hold the side network, and answer with it in `side`."""
+
+    def __init__(self, target: Tap, stash: Stash, method: Any, targets: Sequence[Tap]) -> None:
+        super().__init__(target, stash, method)
+        self.causal = is_causal(target.module) if method.causal is None else method.causal
+        self.names = {t.index: t.name for t in targets if 0 <= t.index <= target.index}
+        self.firsts = {t.index: t.first for t in targets if t.index >= 0}
+        self.firsts[-1] = self.firsts[0]
+        self.last = max(self.firsts) == target.index
+        self.entry_name = next(t.name for t in targets if t.enters)
+
+    def side(self, y: Tensor, kept: "Kept", layer: Layer) -> Tensor:
+        """The features (B, ..., C) to answer with in the place of those of the block, ``y``, channels last."""
+        raise NotImplementedError
+
+    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
+        """Fill the parts of the side network."""
+        for part in self.modules():
+            if isinstance(part, Part):
+                part.fill(generator)
+
+    def forward(self, x: Any, layer: Layer) -> Any:
+        """What the side network answers, in the form in which the block does."""
+        stash = self.stash
+        answer = self.tapped(x, layer)
+        raw = features_of(answer)
+        before = None if stash.before is None else stash.before()
+        taps = stash.taps if before is None else {**before.taps, **stash.taps}
+        given = stash.entered if stash.entered is not None or before is None else before.entered
+        missing = [name for index, name in self.names.items() if index not in taps]
+        if missing or (given is None and self.entry_name):
+            raise AdapterError(
+                f"{self.who}: {', '.join(map(repr, missing)) or repr(self.entry_name)} was not called before "
+                f"{self.name!r}. Give the model its usual inputs (no inputs_embeds), name only blocks that are always "
+                "called, in the order of their calls (taps=), and let activation checkpoints be of the kind "
+                "use_reentrant=False, or leave them off: the blocks keep nothing here."
+            )
+        kept = Kept({i: to_last(h, self.firsts[i]) for i, h in taps.items()}, given)  # type: ignore[arg-type]
+        try:
+            features = from_last(self.side(to_last(raw, self.first), kept, layer), self.first).to(raw.dtype)
+        finally:
+            if self.last:
+                stash.clear()
+        if not self.last:
+            stash.replaced.append((features, raw))
+        elif features.grad_fn is not None and not torch.compiler.is_compiling():
+            # an activation checkpoint runs this block again, and not those whose answers have no graph
+            features.grad_fn.metadata["lightning_peft"] = all_kept = _Kept(given, taps)
+            stash.before = weakref.ref(all_kept)
+        return (features, *answer[1:]) if isinstance(answer, tuple) else features
+
+
+@dataclass
+class Kept:
+    """What an exit works with: the taps by index (-1 is the input of the first), channels last; what was given."""
+
+    taps: dict[int, Tensor]
+    entered: Entered
+
+
+def features_of(answer: Any) -> Any:
+    """The features in what a module answers: itself, or the first of a tuple."""
+    return answer[0] if isinstance(answer, tuple | list) else answer
+
+
+def entered(x: Tensor, y: Tensor, module: nn.Module) -> Entered:
+    """What the model was given, seen at its first layer ``module``, which was given ``x`` and answered ``y``."""
+    if isinstance(module, _CONVOLUTIONS):
+        return Entered(x, tuple(y.shape[2:]), True)
+    x = y if isinstance(module, nn.Embedding) else x
+    return Entered(x, tuple(x.shape[1:-1]), False)
+
+
+def _trains(module: nn.Module) -> bool:
+    children = (child.parameters() for key, child in module._modules.items() if child is not None and key != "adapters")
+    own = (p for p in module._parameters.values() if p is not None)
+    return any(p.requires_grad for p in own) or any(p.requires_grad for each in children for p in each)
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether an attention in ``module`` says of itself that tokens look back alone."""
+    return any(getattr(part, flag, None) is True for part in module.modules() for flag in ("is_causal", "is_decoder"))
+
+
+def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
+    """Which tokens see which, (B, 1, N, N) or what broadcasts to it; None if all see all.
+
+    Taken from the masks that the block was called with. A token sees itself in any case.
+
+    Raises:
+        AdapterError: the mask is for another number of tokens.
+    """
+    n, seen = h.shape[1], None
+    for name, mask in layer.arguments().items():
+        if not isinstance(mask, Tensor) or "mask" not in name or name.startswith(("encoder_", "memory_")):
+            continue
+        dropped = name.startswith(("src_", "tgt_")) or "key_padding" in name  # torch.nn: True is what is not seen
+        if mask.is_floating_point():
+            allowed = mask > torch.finfo(mask.dtype).min / 2
+        else:
+            allowed = mask.logical_not() if dropped else mask.bool()
+        if allowed.shape[-1] != n:
+            raise AdapterError(
+                f"mask {name!r} is for {allowed.shape[-1]} tokens, and there are {n}. With a cache of earlier tokens a "
+                "side network cannot go on: generate with use_cache=False."
+            )
+        if allowed.dim() == 2 and (not dropped or "key_padding" in name):
+            allowed = allowed[:, None, None]
+        elif allowed.dim() == 3:
+            allowed = allowed[:, None] if len(allowed) == len(h) else allowed.unflatten(0, (len(h), -1))
+        seen = allowed if seen is None else seen & allowed
+    if causal or layer.arguments().get("is_causal") is True:
+        past = torch.ones(n, n, dtype=torch.bool, device=h.device).tril()
+        seen = past if seen is None else seen & past
+    return None if seen is None else seen | torch.eye(n, dtype=torch.bool, device=h.device)
+
+
+class Part(nn.Module):
+    """A part of a side network, whose values come from a generator."""
+
+    def fill(self, generator: torch.Generator) -> None:
+        """Fill the parameters."""
+        raise NotImplementedError
+
+
+class Affine(Part):
+    """A linear layer, or with a ``kernel`` a convolution of (B, C, ...), in the precision of its input.
+
+    It starts as torch's own do, the bias at zero; or all at zero.
+    """
+
+    def __init__(
+        self, target: Target, d_in: int, d_out: int, *kernel: int, stride: int = 1, groups: int = 1, zero: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = target.new_parameter(d_out, d_in // groups, *kernel)
+        self.bias = target.new_parameter(d_out)
+        self.stride, self.groups, self.zero = stride, groups, zero
+        self.padding = tuple((k - stride + 1) // 2 for k in kernel)
+
+    def fill(self, generator: torch.Generator) -> None:
+        """U(-1/sqrt(fan in), 1/sqrt(fan in)), or zero."""
+        random = torch.empty(self.weight.shape, dtype=self.weight.dtype)
+        self.weight.copy_(nn.init.kaiming_uniform_(random, a=math.sqrt(5), generator=generator))
+        if self.zero:
+            self.weight.zero_()
+        self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_out) for x (..., d_in); (B, d_out, ...) for a convolution."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if not self.padding:
+            return F.linear(x, weight, bias)
+        conv: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.padding)]
+        return conv(x, weight, bias, self.stride, self.padding, 1, self.groups)
+
+
+class Norm(Part):
+    """Normalisation of the last axis, with weight and bias; of all channels of a map (B, C, ...) if ``of_maps``."""
+
+    def __init__(self, target: Target, d: int, of_maps: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias, self.of_maps = target.new_parameter(d), target.new_parameter(d), of_maps
+
+    def fill(self, generator: torch.Generator) -> None:
+        """Ones and zeros."""
+        self.weight.fill_(1)
+        self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, normalised."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.group_norm(x, 1, weight, bias) if self.of_maps else F.layer_norm(x, weight.shape, weight, bias)
+
+
+class InputNet(nn.Module):
+    """A small network on what the model was given: convolutions for images, layers of each token alone for the rest.
+
+    Args:
+        target: where its parameters are.
+        entry: the first layer of the model.
+        width: features inside.
+        depth: layers before the last.
+        d_out: features out.
+    """
+
+    def __init__(self, target: Target, entry: Tap, width: int, depth: int, d_out: int) -> None:
+        super().__init__()
+        is_map, d_in = isinstance(entry.module, _CONVOLUTIONS), entry.width_in
+        axes = len(entry.module.kernel_size) if isinstance(entry.module, _CONVOLUTIONS) else 0
+        # as the reference: the first steps by 4, the second by 2
+        shapes = [((8,) * axes, 4), ((3,) * axes, 2)] + [((3,) * axes, 1)] * depth
+        widths = [d_in] + [width] * depth
+        self.layers = nn.ModuleList(
+            Affine(target, before, after, *kernel, stride=stride)
+            for before, after, (kernel, stride) in zip(widths, widths[1:], shapes, strict=False)
+        )
+        self.norms = nn.ModuleList(Norm(target, width, of_maps=is_map) for _ in range(depth))
+        self.out = Affine(target, width, d_out)
+
+    def forward(self, given: Entered, y: Tensor, first: bool, causal: bool, who: str) -> Tensor:
+        """(B, ..., d_out) that lies as ``y`` does, channels last; tokens in front of the grid get its mean.
+
+        Where tokens look back alone, a mean would show them what follows: there the tokens in front get zeros.
+        """
+        x = given.x.to(y.dtype)
+        size, prefix = grid_of(y, first, given.size, who)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
+        if given.is_map or size != given.size:
+            x = x if given.is_map else x.movedim(-1, 1)
+            x = from_map(resample(x, size), tokens=y.dim() == 3)
+        x = self.out(x.flatten(1, -2) if y.dim() == 3 else x)
+        if prefix:
+            front = x.new_zeros(len(x), 1, x.shape[-1]) if causal else x.mean(1, keepdim=True)
+            x = torch.cat([front.expand(-1, prefix, -1), x], dim=1)
+        return x
+
+
+def num_of_input_net(entry: Tap, width: int, depth: int, d_out: int) -> int:
+    """Numbers in an `InputNet`."""
+    axes = len(entry.module.kernel_size) if isinstance(entry.module, _CONVOLUTIONS) else 0
+    widths, kernels = [entry.width_in] + [width] * depth, [8**axes] + [3**axes] * depth
+    layers = sum(b * a * k + 3 * a for b, a, k in zip(widths, widths[1:], kernels, strict=False))
+    return layers + (width + 1) * d_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideMethod(Method):
+    """A method that trains a network beside the model, fed by the answers of its blocks.
+
+    Args:
+        taps: the blocks that feed it, by default all: the path of their list, or patterns of single blocks, in the
+            order of their calls. The last is where the side network answers.
+        causal: whether tokens look back alone, as in language models; by default as the attention in the blocks says
+            of itself. Where a model of your own does not say, this does.
+        modules_to_save: modules trained whole.
+    """
+
+    attends: ClassVar[bool] = False  # whether the side network looks from one token to another
+    needs_blocks: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
+
+    taps: str | tuple[str, ...] | None = None
+    causal: bool | None = None
+    modules_to_save: str | tuple[str, ...] = "output-head"
+
+    def __post_init__(self) -> None:
+        for name in ("taps", "modules_to_save"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+            value = getattr(self, name)
+            ok = value is None or isinstance(value, str) or all(isinstance(v, str) for v in value)
+            check_range(type(self).__name__, name, value, ok, "a pattern or several")
+        super().__post_init__()
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The blocks."""
+        return [*taps_of(model, self.taps, type(self).__name__)]
+
+    def adapters(self, targets: list[Target]) -> list[Adapter]:
+        """The side network at the last block, or at several, and taps at the others."""
+        taps = [t for t in targets if isinstance(t, Tap)]
+        if taps and len(taps) != taps[0].count:
+            raise TargetError(
+                f"{type(self).__name__}: {taps[0].count - len(taps)} of {taps[0].count} modules to tap were adapted "
+                "before, when the others were not built yet. Build all blocks in one place (configure_model), or unload "
+                "the model first."
+            )
+        stash, exit_type = Stash(), self.adapter_types["module"]
+        return [exit_type(t, stash, self, taps) if t.role == "exit" else Quiet(t, stash, self) for t in taps]
+
+    def trained_in_place(self, model: nn.Module) -> list[str]:
+        """All parameters of ``modules_to_save``."""
+        return select_parameters(model, self.modules_to_save, who=type(self).__name__)
