@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -85,11 +85,11 @@ def taps_of(
     lists = list(dict.fromkeys(_list_of(name) for name in names))
     if taps is None and len({"".join(c for c in path if not c.isdigit()) for path in lists}) > 1:
         raise TargetError(
-            f"{who}: {base_class(model).__name__} holds several kinds of blocks ({', '.join(map(repr, lists[:4]))}), and "
-            "it cannot be told which are called last. Name those to tap, in the order of their calls: "
+            f"{who}: {base_class(model).__name__} holds several kinds of blocks, {', '.join(map(repr, lists[:4]))}, "
+            "and it cannot be told which are called last. Name those to tap, in the order of their calls: "
             f"taps={lists[-1]!r}, say."
         )
-    exits = [names[-1]] if not exits else exits
+    exits = exits or names[-1:]
     found = []
     for index, name in enumerate(names):
         module = model.get_submodule(name)
@@ -131,6 +131,11 @@ def sites_in(module: nn.Module) -> tuple[int, int]:
     return d_in, d_out
 
 
+def axes_of(entry: Tap) -> int:
+    """Along how many axes the input of a model lies: those of its first convolution; 1 where it is a sequence."""
+    return len(entry.module.kernel_size) if isinstance(entry.module, _CONVOLUTIONS) else 1
+
+
 def _entry(model: nn.Module, entry: str | None, who: str) -> str:
     """Name of the first layer of the model; of its first block, if nothing comes before it."""
     if entry is not None:
@@ -157,6 +162,7 @@ class Stash:
     def __init__(self) -> None:
         self.entered: Entered | None = None
         self.taps: dict[int, Tensor] = {}  # by index; -1 is the input of the first
+        self.extra: dict[str, Tensor] = {}  # what else a method hands on
         self.replaced: list[tuple[Tensor, Tensor]] = []  # what exits answered, and what their blocks did
         self.before: Any = None  # weakly: what the last forward had, as long as its graph lives
 
@@ -167,7 +173,7 @@ class Stash:
 
     def clear(self) -> None:
         """Let go of all that is kept."""
-        self.entered, self.taps, self.replaced = None, {}, []
+        self.entered, self.taps, self.extra, self.replaced = None, {}, {}, []
 
     def own(self, x: Tensor) -> Tensor:
         """``x``, or what the block behind it answered, where an exit has changed it: blocks see their own model."""
@@ -182,7 +188,8 @@ class _Kept:
     """All that a forward has kept; what an activation checkpoint runs again may hold but its last blocks."""
 
     entered: Entered | None
-    taps: dict[int, Tensor] = field(default_factory=dict)
+    taps: dict[int, Tensor]
+    extra: dict[str, Tensor]
 
 
 class Quiet(Adapter):
@@ -279,17 +286,22 @@ class Exit(Quiet):
                 "called, in the order of their calls (taps=), and let activation checkpoints be of the kind "
                 "use_reentrant=False, or leave them off: the blocks keep nothing here."
             )
-        kept = Kept({i: to_last(h, self.firsts[i]) for i, h in taps.items()}, given)  # type: ignore[arg-type]
+        extra = stash.extra if before is None else {**before.extra, **stash.extra}
+        kept = Kept({i: to_last(h, self.firsts[i]) for i, h in taps.items()}, given, extra)  # type: ignore[arg-type]
         try:
-            features = from_last(self.side(to_last(raw, self.first), kept, layer), self.first).to(raw.dtype)
+            y = to_last(raw, self.first)
+            changed = self.side(y, kept, layer)
         finally:
             if self.last:
                 stash.clear()
+        if changed is y:
+            return answer
+        features = from_last(changed, self.first).to(raw.dtype)
         if not self.last:
             stash.replaced.append((features, raw))
-        elif features.grad_fn is not None and not torch.compiler.is_compiling():
+        elif not torch.compiler.is_compiling() and features.grad_fn is not None:
             # an activation checkpoint runs this block again, and not those whose answers have no graph
-            features.grad_fn.metadata["lightning_peft"] = all_kept = _Kept(given, taps)
+            features.grad_fn.metadata["lightning_peft"] = all_kept = _Kept(given, taps, extra)
             stash.before = weakref.ref(all_kept)
         return (features, *answer[1:]) if isinstance(answer, tuple) else features
 
@@ -300,6 +312,7 @@ class Kept:
 
     taps: dict[int, Tensor]
     entered: Entered
+    extra: dict[str, Tensor]
 
 
 def features_of(answer: Any) -> Any:
@@ -357,6 +370,32 @@ def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
         past = torch.ones(n, n, dtype=torch.bool, device=h.device).tril()
         seen = past if seen is None else seen & past
     return None if seen is None else seen | torch.eye(n, dtype=torch.bool, device=h.device)
+
+
+def alike(h: Tensor, y: Tensor, adapter: Exit) -> Tensor:
+    """``h`` (B, ..., C) at the size of ``y``: maps are averaged, or interpolated; tokens have to be as many.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    if h.shape[1:-1] == y.shape[1:-1]:
+        return h
+    if h.dim() == 3 or y.dim() == 3:
+        raise AdapterError(
+            f"{adapter.who}: at {adapter.name!r} there are {tuple(y.shape[1:-1])} tokens, and an earlier tap had "
+            f"{tuple(h.shape[1:-1])}. Name blocks that keep the number of tokens, those of one stage, in taps."
+        )
+    return resample(h.movedim(-1, 1), tuple(y.shape[1:-1])).movedim(1, -1)
+
+
+def check_widths(targets: Sequence[Target], method: Any) -> None:
+    """Raise a `TargetError` if D / r of one of ``targets`` is less than 2."""
+    for target in targets:
+        if method.width(target) < 2:
+            raise TargetError(
+                f"{type(method).__name__}: r={method.r} leaves {method.width(target)} of the {target.d_out} features "
+                f"of {target.name!r}. Choose a smaller r, so that the side network is at least 2 wide."
+            )
 
 
 class Part(nn.Module):
@@ -431,7 +470,7 @@ class InputNet(nn.Module):
     def __init__(self, target: Target, entry: Tap, width: int, depth: int, d_out: int) -> None:
         super().__init__()
         is_map, d_in = isinstance(entry.module, _CONVOLUTIONS), entry.width_in
-        axes = len(entry.module.kernel_size) if isinstance(entry.module, _CONVOLUTIONS) else 0
+        axes = axes_of(entry) if is_map else 0
         # as the reference: the first steps by 4, the second by 2
         shapes = [((8,) * axes, 4), ((3,) * axes, 2)] + [((3,) * axes, 1)] * depth
         widths = [d_in] + [width] * depth
@@ -463,7 +502,7 @@ class InputNet(nn.Module):
 
 def num_of_input_net(entry: Tap, width: int, depth: int, d_out: int) -> int:
     """Numbers in an `InputNet`."""
-    axes = len(entry.module.kernel_size) if isinstance(entry.module, _CONVOLUTIONS) else 0
+    axes = axes_of(entry) if isinstance(entry.module, _CONVOLUTIONS) else 0
     widths, kernels = [entry.width_in] + [width] * depth, [8**axes] + [3**axes] * depth
     layers = sum(b * a * k + 3 * a for b, a, k in zip(widths, widths[1:], kernels, strict=False))
     return layers + (width + 1) * d_out
@@ -481,6 +520,7 @@ class SideMethod(Method):
         modules_to_save: modules trained whole.
     """
 
+    tap_type: ClassVar[type[Quiet]] = Quiet
     attends: ClassVar[bool] = False  # whether the side network looks from one token to another
     needs_blocks: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
@@ -508,11 +548,15 @@ class SideMethod(Method):
         if taps and len(taps) != taps[0].count:
             raise TargetError(
                 f"{type(self).__name__}: {taps[0].count - len(taps)} of {taps[0].count} modules to tap were adapted "
-                "before, when the others were not built yet. Build all blocks in one place (configure_model), or unload "
-                "the model first."
+                "before, when the others were not built yet. Build all blocks in one place (configure_model), or "
+                "unload the model first."
             )
-        stash, exit_type = Stash(), self.adapter_types["module"]
-        return [exit_type(t, stash, self, taps) if t.role == "exit" else Quiet(t, stash, self) for t in taps]
+        stash = Stash()
+        return [self.exit(t, stash, taps) if t.role == "exit" else self.tap_type(t, stash, self) for t in taps]
+
+    def exit(self, target: Tap, stash: Stash, targets: list[Tap]) -> Adapter:
+        """The side network at ``target``, one of ``targets``."""
+        return self.adapter_types["module"](target, stash, self, targets)
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """All parameters of ``modules_to_save``."""

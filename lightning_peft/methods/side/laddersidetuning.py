@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.adapters.side import Affine, Exit, Kept, Norm, SideMethod, Stash, Tap, visible
-from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, Target, TargetError, register
+from lightning_peft.adapters.side import Affine, Exit, Kept, Norm, SideMethod, Stash, Tap, alike, check_widths, visible
+from lightning_peft.engine import Adapter, Kind, Layer, Target, register
 from lightning_peft.engine.limits import Count, Positive
-from lightning_peft.parts.layout import as_map, from_map, resample
 
 
 class SideBlock(nn.Module):
-    """A block that normalises first: attention of tokens, or a depthwise convolution of maps, and a feed-forward net."""
+    """A block that normalises first: attention, or a depthwise convolution of maps, and a feed-forward net."""
 
     def __init__(self, target: Target, d: int, heads: int, ratio: int, on_maps: bool) -> None:
         super().__init__()
@@ -46,8 +45,8 @@ class SideBlock(nn.Module):
         if self.on_maps:
             s = s + self.mix(h.movedim(-1, 1)).movedim(1, -1)
         else:
-            q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            s = s + self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+            q, k, v = self.qkv(h).flatten(1, -2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            s = s + self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)).view(s.shape)
         return s + self.fc2(F.relu(self.fc1(self.norm2(s))))
 
 
@@ -62,10 +61,15 @@ class Ladder(Exit):
         self.gates = target.new_parameter(len(targets))
         self.down = nn.ModuleList(Affine(target, t.d_out, d) for t, d in zip(targets, widths, strict=True))
         self.steps = nn.ModuleDict(
-            {str(i): Affine(target, a, b) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False), 1) if a != b}
+            {
+                str(i): Affine(target, a, b)
+                for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False), 1)
+                if a != b
+            }
         )
         self.blocks = nn.ModuleList(
-            SideBlock(target, d, method.heads(d), method.mlp_ratio, t.first) for t, d in zip(targets, widths, strict=True)
+            SideBlock(target, d, method.heads(d), method.mlp_ratio, t.first)
+            for t, d in zip(targets, widths, strict=True)
         )
         self.norm, self.up = Norm(target, widths[-1]), Affine(target, widths[-1], target.d_out, zero=method.residual)
 
@@ -82,20 +86,10 @@ class Ladder(Exit):
         for i, (down, gate, block) in enumerate(zip(self.down, gates, self.blocks, strict=True)):
             u = down(kept.taps[i].to(y.dtype))
             s = self.steps[str(i)](s) if str(i) in self.steps else s
-            if s.shape != u.shape:
-                s = self.resized(s, u, i)
+            s = alike(s, u, self)
             s = block(u + gate * (s - u), seen)
         up = self.up(self.norm(s))
         return y + up if self.residual else up
-
-    def resized(self, s: Tensor, u: Tensor, i: int) -> Tensor:
-        """``s`` at the size of the map ``u`` of the next stage."""
-        if u.dim() == 3:
-            raise AdapterError(
-                f"LadderSideTuning: {self.names[i]!r} answered {u.shape[1]} tokens, and there were {s.shape[1]} before "
-                "it. Name blocks that keep the number of tokens, those of one stage, in taps."
-            )
-        return from_map(resample(as_map(s, (), 0)[0], tuple(u.shape[1:-1])), tokens=False)
 
 
 @register("laddersidetuning")
@@ -131,12 +125,7 @@ class LadderSideTuning(SideMethod):
     def targets(self, model: nn.Module) -> list[Target]:
         """The blocks, of which each is wide enough."""
         targets = super().targets(model)
-        for target in targets:
-            if self.width(target) < 2:
-                raise TargetError(
-                    f"LadderSideTuning: r={self.r} leaves {self.width(target)} of the {target.d_out} features of "
-                    f"{target.name!r}. Choose a smaller r, so that the side network is at least 2 wide."
-                )
+        check_widths(targets, self)
         return targets
 
     def width(self, tap: Target) -> int:
