@@ -157,25 +157,24 @@ def _check_batch_first(module: nn.Module, name: str, who: str) -> None:
 
 
 class Stash:
-    """What the adapters of one injection hand to each other within one forward."""
+    """What the adapters of one injection hand to each other within one forward; a copy of it is empty."""
 
     def __init__(self) -> None:
         self.entered: Entered | None = None
         self.taps: dict[int, Tensor] = {}  # by index; -1 is the input of the first
         self.extra: dict[str, Tensor] = {}  # what else a method hands on
         self.replaced: list[tuple[Tensor, Tensor]] = []  # what exits answered, and what their blocks did
-        self.before: Any = None  # weakly: what the last forward had, as long as its graph lives
+        # by the input of the last exit: what a forward had, as long as its graph lives
+        self.before: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
 
-    def start(self) -> None:
-        """A new forward: nothing is left of another."""
-        self.clear()
-        self.before = None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stash, ()
 
     def clear(self) -> None:
-        """Let go of all that is kept."""
+        """Let go of all."""
         self.entered, self.taps, self.extra, self.replaced = None, {}, {}, []
 
-    def own(self, x: Tensor) -> Tensor:
+    def own(self, x: Any) -> Any:
         """``x``, or what the block behind it answered, where an exit has changed it: blocks see their own model."""
         for changed, raw in self.replaced:
             if x is changed:
@@ -183,12 +182,20 @@ class Stash:
         return x
 
 
-@dataclass
-class _Kept:
-    """All that a forward has kept; what an activation checkpoint runs again may hold but its last blocks."""
+@dataclass(eq=False)
+class Kept:
+    """What an exit works with.
 
-    entered: Entered | None
+    Args:
+        x: the input of its block.
+        taps: what the blocks answered, by index, as they did; -1 is the input of the first.
+        entered: what the model was given.
+        extra: what else was handed on.
+    """
+
+    x: Any
     taps: dict[int, Tensor]
+    entered: Entered
     extra: dict[str, Tensor]
 
 
@@ -213,29 +220,38 @@ class Quiet(Adapter):
         """The same, kept."""
         stash = self.stash
         if self.enters:
-            stash.start()
-        x = stash.own(x)
-        if self.index == 0 or (self.enters and self.index < 0):
-            self.check_cache(layer)
+            stash.clear()
+        given, x = x, stash.own(x)
+        if stash.replaced and x is given and x.requires_grad and self.is_quiet(layer):
+            raise AdapterError(
+                f"{self.who}: what an exit answered was changed before it came to {self.name!r}, which should see the "
+                "features of the model as it was. Name modules that hand on to each other directly in taps."
+            )
         if self.index == 0:
+            self.check_cache(layer)
             stash.taps[-1] = x
         y = self.run(x, layer)
         features = features_of(y)
         if self.enters:
             stash.entered = entered(x, features, layer.module)
         if self.index >= 0:
-            axis = 1 if self.first else -1
-            if features.dim() < 3 or features.shape[axis] != self.widths[1]:
+            axis, shape = 1 if self.first else -1, getattr(features, "shape", ())
+            if len(shape) < 3 or shape[axis] != self.widths[1]:
                 raise AdapterError(
-                    f"{self.who}: {self.name!r} answered {tuple(features.shape)}; expected were {self.widths[1]} "
-                    f"features on axis {axis}. Name other modules in taps: blocks that answer tokens (B, N, C) or maps."
+                    f"{self.who}: {self.name!r} answered {tuple(shape) or type(features).__name__}; expected were "
+                    f"{self.widths[1]} features on axis {axis}. Name other modules in taps: blocks that answer tokens "
+                    "(B, N, C) or maps."
                 )
             stash.taps[self.index] = features
         return y
 
+    def is_quiet(self, layer: Layer) -> bool:
+        """Whether nothing trains below."""
+        return layer.is_base and not _trains(layer.module)
+
     def run(self, x: Any, layer: Layer) -> Any:
         """Call the module."""
-        with torch.no_grad() if layer.is_base and not _trains(layer.module) else nullcontext():
+        with torch.no_grad() if self.is_quiet(layer) else nullcontext():
             return layer(x)
 
     def check_cache(self, layer: Layer) -> None:
@@ -275,19 +291,21 @@ class Exit(Quiet):
         stash = self.stash
         answer = self.tapped(x, layer)
         raw = features_of(answer)
-        before = None if stash.before is None else stash.before()
-        taps = stash.taps if before is None else {**before.taps, **stash.taps}
-        given = stash.entered if stash.entered is not None or before is None else before.entered
+        # an activation checkpoint runs this block again, and not those whose answers have no graph
+        before = None if torch.compiler.is_compiling() else stash.before.get(id(x))
+        taps, given, extra = stash.taps, stash.entered, stash.extra
+        if before is not None:
+            taps, given, extra = before.taps | taps, given or before.entered, before.extra | extra
         missing = [name for index, name in self.names.items() if index not in taps]
-        if missing or (given is None and self.entry_name):
+        missing += [self.entry_name] if given is None else []
+        if missing:
             raise AdapterError(
-                f"{self.who}: {', '.join(map(repr, missing)) or repr(self.entry_name)} was not called before "
-                f"{self.name!r}. Give the model its usual inputs (no inputs_embeds), name only blocks that are always "
-                "called, in the order of their calls (taps=), and let activation checkpoints be of the kind "
-                "use_reentrant=False, or leave them off: the blocks keep nothing here."
+                f"{self.who}: {', '.join(map(repr, missing))} was not called before {self.name!r}. Give the model its "
+                "usual inputs (no inputs_embeds), name only blocks that are always called, in the order of their calls "
+                "(taps=), and let activation checkpoints be of the kind use_reentrant=False, or leave them off: the "
+                "blocks keep nothing here."
             )
-        extra = stash.extra if before is None else {**before.extra, **stash.extra}
-        kept = Kept({i: to_last(h, self.firsts[i]) for i, h in taps.items()}, given, extra)  # type: ignore[arg-type]
+        kept = Kept(x, taps, given, extra)  # type: ignore[arg-type]  # it was not missing
         try:
             y = to_last(raw, self.first)
             changed = self.side(y, kept, layer)
@@ -299,20 +317,14 @@ class Exit(Quiet):
         features = from_last(changed, self.first).to(raw.dtype)
         if not self.last:
             stash.replaced.append((features, raw))
-        elif not torch.compiler.is_compiling() and features.grad_fn is not None:
-            # an activation checkpoint runs this block again, and not those whose answers have no graph
-            features.grad_fn.metadata["lightning_peft"] = all_kept = _Kept(given, taps, extra)
-            stash.before = weakref.ref(all_kept)
+        if not torch.compiler.is_compiling() and features.grad_fn is not None:
+            features.grad_fn.metadata["lightning_peft"] = kept
+            stash.before[id(x)] = kept
         return (features, *answer[1:]) if isinstance(answer, tuple) else features
 
-
-@dataclass
-class Kept:
-    """What an exit works with: the taps by index (-1 is the input of the first), channels last; what was given."""
-
-    taps: dict[int, Tensor]
-    entered: Entered
-    extra: dict[str, Tensor]
+    def tap(self, kept: Kept, index: int, like: Tensor) -> Tensor:
+        """What block ``index`` answered, (B, ..., C), in the precision of ``like``."""
+        return to_last(kept.taps[index], self.firsts[index]).to(like.dtype)
 
 
 def features_of(answer: Any) -> Any:
@@ -340,7 +352,7 @@ def is_causal(module: nn.Module) -> bool:
 
 
 def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
-    """Which tokens see which, (B, 1, N, N) or what broadcasts to it; None if all see all.
+    """Which tokens see which, (B, 1, N, N) or (1, 1, N, N); None if all see all.
 
     Taken from the masks that the block was called with. A token sees itself in any case.
 
@@ -351,25 +363,26 @@ def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
     for name, mask in layer.arguments().items():
         if not isinstance(mask, Tensor) or "mask" not in name or name.startswith(("encoder_", "memory_")):
             continue
-        dropped = name.startswith(("src_", "tgt_")) or "key_padding" in name  # torch.nn: True is what is not seen
+        of_keys = "key_padding" in name
+        of_torch = of_keys or name.startswith(("src_", "tgt_"))  # whose True is what is not seen
         if mask.is_floating_point():
             allowed = mask > torch.finfo(mask.dtype).min / 2
         else:
-            allowed = mask.logical_not() if dropped else mask.bool()
+            allowed = mask.logical_not() if of_torch else mask.bool()
         if allowed.shape[-1] != n:
             raise AdapterError(
-                f"mask {name!r} is for {allowed.shape[-1]} tokens, and there are {n}. With a cache of earlier tokens a "
-                "side network cannot go on: generate with use_cache=False."
+                f"{name!r} is a mask for {allowed.shape[-1]} tokens, and there are {n}. A side network has no cache of "
+                "earlier tokens: generate with use_cache=False."
             )
-        if allowed.dim() == 2 and (not dropped or "key_padding" in name):
-            allowed = allowed[:, None, None]
-        elif allowed.dim() == 3:
-            allowed = allowed[:, None] if len(allowed) == len(h) else allowed.unflatten(0, (len(h), -1))
+        if allowed.dim() == 2:
+            allowed = allowed[None, None] if of_torch and not of_keys else allowed[:, None, None]
+        elif allowed.dim() == 3:  # with one for each sample, or for each sample and head
+            allowed = allowed.unflatten(0, (len(h), -1)).all(1, keepdim=True)
         seen = allowed if seen is None else seen & allowed
     if causal or layer.arguments().get("is_causal") is True:
-        past = torch.ones(n, n, dtype=torch.bool, device=h.device).tril()
+        past = torch.ones(1, 1, n, n, dtype=torch.bool, device=h.device).tril()
         seen = past if seen is None else seen & past
-    return None if seen is None else seen | torch.eye(n, dtype=torch.bool, device=h.device)
+    return None if seen is None else seen[:, :1] | torch.eye(n, dtype=torch.bool, device=h.device)
 
 
 def alike(h: Tensor, y: Tensor, adapter: Exit) -> Tensor:

@@ -1,10 +1,11 @@
 """Hierarchical Side-Tuning: a pyramid of small stages beside the model, fed by its blocks through meta tokens.
 
 Paper:    Lin et al., "Hierarchical Side-Tuning for Vision Transformers", 2023, arXiv:2310.05393.
-Formula:  a meta token e_i goes through block i with the tokens: [t_i; h_i] = Block_i([e_i; h_{i-1}]);  v_i = bridge(h_i)
-          at the size of the stage;  x <- x + CrossAttention(LN x; [LN bridge(t_i); mean v_i]);  x <- x + v_i;
+Formula:  a meta token e_i goes through block i with the tokens: [t_i; h_i] = Block_i([e_i; h_{i-1}]);
+          v_i = bridge(h_i) at the size of the stage;  x <- x + CrossAttention(LN x; [LN bridge(t_i); mean v_i]);  x <- x + v_i;
           x <- x + FFN(LN x);  between stages x <- LN(conv x), by half;  y = U LN(x)
-Shapes:   x (B, h, w, d_s), d_s of ``dims`` for stage s, the first at a quarter of the image; bridge (d_s, D); U (D, d_s)
+Shapes:   x (B, h, w, d_s), d_s of ``dims`` for stage s, the first at a quarter of the image; bridge (d_s, D);
+          U (D, d_s)
 Init:     e_i ~ U(-sqrt(3/D), sqrt(3/D)); the rest as torch's own layers do
 Merge:    impossible, a second network
 Deviates from the paper: y goes through U back to the model's own last norm and head, and tokens in front of the grid
@@ -30,12 +31,11 @@ from lightning_peft.parts.layout import as_map, from_map, grid_of, layers_of, re
 class MetaToken(Quiet):
     """A tap that lets a token of its own go through its block, and reads it behind."""
 
-    meta: nn.Parameter | None = None
+    meta: nn.Parameter | None
 
     def __init__(self, target: Tap, stash: Stash, method: "HierarchicalSideTuning", *rest: Any) -> None:
         super().__init__(target, stash, method, *rest)
-        if method.takes_meta(target):
-            self.meta = target.new_parameter(target.d_out)
+        self.register_parameter("meta", target.new_parameter(target.d_out) if method.takes_meta(target) else None)
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """The token as the paper has it."""
@@ -95,7 +95,7 @@ class Stage(MetaToken, Exit):
         self.step = Affine(target, before if stage else d, d, *(3 if stage else 2,) * axes, stride=2)
         self.step_norm, self.norm = Norm(target, d), Norm(target, d)
         self.bridge = Affine(target, blocks[0].d_out, d)
-        self.meta_norms = nn.ModuleDict({str(b.index): Norm(target, d) for b in blocks if method.takes_meta(b)})
+        self.meta_norms = nn.ModuleList(Norm(target, d) for _ in blocks)
         self.blocks = nn.ModuleList(SideBlock(target, d, method.num_heads[stage], method.mlp_ratio) for _ in blocks)
         if self.answers:
             self.up = Affine(target, d, target.d_out)
@@ -104,16 +104,14 @@ class Stage(MetaToken, Exit):
         """The map of this stage; ``y`` where it is only handed to the next."""
         x = kept.extra["side"] if self.stage else self.begin(kept, y.dtype)
         x = self.step_norm(self.step(x).movedim(1, -1))
-        for index, block in zip(self.fed_by, self.blocks, strict=True):
-            h = kept.taps[index].to(y.dtype)
+        for index, norm, block in zip(self.fed_by, self.meta_norms, self.blocks, strict=True):
+            h = self.tap(kept, index, y)
             places, prefix = as_map(h, *grid_of(h, self.first, kept.entered.size, self.who))
             v = self.bridge(resample(places, tuple(x.shape[1:-1])).movedim(1, -1))
             mean = v.flatten(1, -2).mean(1, keepdim=True)
-            if str(index) in self.meta_norms:
-                token = self.meta_norms[str(index)](self.bridge(kept.extra[f"meta {index}"]))
-            else:
-                token = v.flatten(1, -2).amax(1, keepdim=True) if prefix is None else self.bridge(prefix[:, :1])
-            x = block(x, torch.cat([token, mean], dim=1), v)
+            token = kept.extra.get(f"meta {index}", None if prefix is None else prefix[:, :1])
+            token = v.flatten(1, -2).amax(1, keepdim=True) if token is None else self.bridge(token)
+            x = block(x, torch.cat([norm(token), mean], dim=1), v)
         x = self.norm(x)
         self.stash.extra["side"] = x.movedim(-1, 1)
         if not self.answers:
@@ -232,7 +230,7 @@ class HierarchicalSideTuning(SideMethod):
 
     def total_trainable(self, targets: list[Target]) -> int:
         """Of each stage d wide: stem or step, bridge (D + 1) d, U (d + 1) D; of each of its blocks 4 d (d + 1) + 4 d
-        + 2 ratio d^2 + (ratio + 1) d, and a meta token D with its norm 2 d."""
+        + 2 ratio d^2 + (ratio + 1) d, the norm 2 d of its token, and a meta token D."""
         taps = [t for t in targets if isinstance(t, Tap)]
         k, total = axes_of(taps[0]), 0
         exits = [t for t in taps if t.role == "exit"]
@@ -241,7 +239,7 @@ class HierarchicalSideTuning(SideMethod):
             total += before * d * 3**k + d if i else (taps[0].width_in * 3**k + 3) * d + d * d * 2**k + d
             total += 4 * d + (blocks[0].d_out + 1) * d + ((d + 1) * end.d_out if self.answers(i) else 0)
             total += len(blocks) * (4 * d * (d + 1) + 4 * d + 2 * self.mlp_ratio * d * d + (self.mlp_ratio + 1) * d)
-            total += sum(b.d_out + 2 * d for b in blocks if self.takes_meta(b))
+            total += sum(b.d_out for b in blocks if self.takes_meta(b)) + 2 * d * len(blocks)
         return total
 
     @classmethod

@@ -81,10 +81,10 @@ class Ladder(Exit):
     def side(self, y: Tensor, kept: Kept, layer: Layer) -> Tensor:
         """The top of the ladder."""
         gates = (self.gates / self.temperature).sigmoid().to(y.dtype).unbind()
-        s = self.start(kept.taps[-1].to(y.dtype))
+        s = self.start(self.tap(kept, -1, y))
         seen = visible(layer, y, self.causal) if y.dim() == 3 else None
         for i, (down, gate, block) in enumerate(zip(self.down, gates, self.blocks, strict=True)):
-            u = down(kept.taps[i].to(y.dtype))
+            u = down(self.tap(kept, i, y))
             s = self.steps[str(i)](s) if str(i) in self.steps else s
             s = alike(s, u, self)
             s = block(u + gate * (s - u), seen)

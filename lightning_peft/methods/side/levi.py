@@ -49,7 +49,7 @@ class Views(Exit):
         """The mean of the views."""
         g = self.net(kept.entered, y, self.first, self.causal, self.who)
         views = [
-            up(F.relu(down(cat([alike(kept.taps[i].to(y.dtype), y, self), g], dim=-1))))
+            up(F.relu(down(cat([alike(self.tap(kept, i, y), y, self), g], dim=-1))))
             for i, (down, up) in enumerate(zip(self.down, self.up, strict=True))
         ]
         return sum(views[1:], views[0]) / len(views)

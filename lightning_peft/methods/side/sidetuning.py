@@ -47,7 +47,7 @@ class Blend(Exit):
         """The blend."""
         s = self.net(kept.entered, y, self.first, self.causal, self.who)
         if self.merge == "alpha":
-            return torch.lerp(s, y, self.alpha.sigmoid().to(y.dtype))
+            return s + self.alpha.sigmoid().to(y.dtype) * (y - s)
         if self.merge == "product":
             return y * s
         scale, shift = s.chunk(2, dim=-1)

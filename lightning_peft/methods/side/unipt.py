@@ -51,7 +51,7 @@ class Parallel(Exit):
         share = None if seen is None else seen[:, 0].to(y.dtype) / seen[:, 0].sum(-1, keepdim=True).to(y.dtype)
 
         def z(i: int) -> Tensor:
-            h = alike(kept.taps[i - 1].to(y.dtype), y, self)
+            h = alike(self.tap(kept, i - 1, y), y, self)
             return self.norms[i](self.down[i](h.flatten(1, -2)))
 
         anchor = z(len(self.down) - 1)
