@@ -5,17 +5,16 @@ all that trains: it takes what the taps have kept and changes what its own block
 last norm, the head) follows as ever, with gradients.
 """
 
-import math
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lightning_peft.adapters.small_nets import Part
 from lightning_peft.engine import (
     Adapter,
     AdapterError,
@@ -24,136 +23,10 @@ from lightning_peft.engine import (
     Target,
     TargetError,
     check_range,
-    select_modules,
     select_parameters,
 )
-from lightning_peft.engine.slots import base_class
-from lightning_peft.engine.targets import candidates, is_below, module_target
-from lightning_peft.parts.blocks import find_blocks
-from lightning_peft.parts.layout import (
-    Entered,
-    channels_first,
-    from_last,
-    from_map,
-    grid_of,
-    resample,
-    to_last,
-    width_in,
-    width_of,
-)
-
-Role = Literal["entry", "tap", "exit"]
-
-
-@dataclass(frozen=True)
-class Tap(Target):
-    """A module that is tapped.
-
-    Args:
-        role: the entry keeps what the model was given; the exit holds the side network; a tap does neither.
-        index: its place among the taps and exits; -2 for an entry that is none of them.
-        first: whether its channels are on axis 1.
-        enters: the model begins with it: it clears what an earlier forward has left, and keeps its input.
-        width_in: features of its input.
-        count: targets that belong together.
-    """
-
-    role: Role = "tap"
-    index: int = 0
-    first: bool = False
-    enters: bool = False
-    width_in: int = 0
-    count: int = 0
-
-
-def taps_of(
-    model: nn.Module, taps: str | Sequence[str] | None, who: str, *, exits: Sequence[str] = (), entry: str | None = ""
-) -> list[Tap]:
-    """The modules to tap: the entry if it is wanted, then the blocks in the order in which they are called.
-
-    Args:
-        model: where to look.
-        taps: as ``blocks`` in `find_blocks`.
-        who: how errors name the caller.
-        exits: which of them are exits; the last one by default.
-        entry: name of the first layer; None to find it, empty if the input of the model is not wanted.
-
-    Raises:
-        TargetError: there are no blocks, or blocks of several kinds, of which it cannot be told who is called when.
-    """
-    names = find_blocks(model, taps, who)
-    lists = list(dict.fromkeys(_list_of(name) for name in names))
-    if taps is None and len({"".join(c for c in path if not c.isdigit()) for path in lists}) > 1:
-        raise TargetError(
-            f"{who}: {base_class(model).__name__} holds several kinds of blocks, {', '.join(map(repr, lists[:4]))}, "
-            "and it cannot be told which are called last. Name those to tap, in the order of their calls: "
-            f"taps={lists[-1]!r}, say."
-        )
-    exits = exits or names[-1:]
-    found = []
-    for index, name in enumerate(names):
-        module = model.get_submodule(name)
-        _check_batch_first(module, name, who)
-        width, first = width_of(module, name, who), channels_first(module)
-        found.append((name, width, "exit" if name in exits else "tap", index, first, width_in(module, name, who)))
-    enters = names[0]
-    if entry != "":
-        enters = _entry(model, entry, who)
-        if enters not in names:
-            module = model.get_submodule(enters)
-            given = sites_in(module)
-            found.insert(0, (enters, given[1], "entry", -2, isinstance(module, _CONVOLUTIONS), given[0]))
-    return [
-        _tap(model, name, width, role, index, first, name == enters, w_in, len(found))  # type: ignore[arg-type]
-        for name, width, role, index, first, w_in in found
-    ]
-
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def _tap(model: nn.Module, name: str, width: int, *rest: Any) -> Tap:
-    target = module_target(model, name, width)
-    return Tap(target.name, target.module, target.site, target.owner, *rest)
-
-
-def _list_of(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def sites_in(module: nn.Module) -> tuple[int, int]:
-    """(features in, features out) of a layer that a model begins with."""
-    if isinstance(module, _CONVOLUTIONS):
-        return module.in_channels, module.out_channels
-    if isinstance(module, nn.Embedding):  # its input are numbers: what it answers is what there is to see
-        return module.embedding_dim, module.embedding_dim
-    d_out, d_in = candidates(module)[0].shape[:2]
-    return d_in, d_out
-
-
-def axes_of(entry: Tap) -> int:
-    """Along how many axes the input of a model lies: those of its first convolution; 1 where it is a sequence."""
-    return len(entry.module.kernel_size) if isinstance(entry.module, _CONVOLUTIONS) else 1
-
-
-def _entry(model: nn.Module, entry: str | None, who: str) -> str:
-    """Name of the first layer of the model; of its first block, if nothing comes before it."""
-    if entry is not None:
-        return select_modules(model, entry, who)[0]
-    first = next(t.owner for t in candidates(model) if t.site.kind in ("linear", "conv", "embedding"))
-    try:
-        blocks = find_blocks(model, None, who)
-    except TargetError:
-        return first
-    return next((name for name in blocks if is_below(first, name)), first)
-
-
-def _check_batch_first(module: nn.Module, name: str, who: str) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.MultiheadAttention) and not part.batch_first:
-            raise TargetError(
-                f"{who}: {name!r} takes its tokens before its samples. Build the model with batch_first=True."
-            )
+from lightning_peft.parts.layout import Entered, entered, from_last, resample, to_last
+from lightning_peft.parts.taps import Tap, blocks_to_tap, is_causal, taps_of
 
 
 class Stash:
@@ -318,7 +191,8 @@ class Exit(Quiet):
         if not self.last:
             stash.replaced.append((features, raw))
         if not torch.compiler.is_compiling() and features.grad_fn is not None:
-            features.grad_fn.metadata["lightning_peft"] = kept
+            metadata: Any = features.grad_fn.metadata
+            metadata["lightning_peft"] = kept
             stash.before[id(x)] = kept
         return (features, *answer[1:]) if isinstance(answer, tuple) else features
 
@@ -332,23 +206,10 @@ def features_of(answer: Any) -> Any:
     return answer[0] if isinstance(answer, tuple | list) else answer
 
 
-def entered(x: Tensor, y: Tensor, module: nn.Module) -> Entered:
-    """What the model was given, seen at its first layer ``module``, which was given ``x`` and answered ``y``."""
-    if isinstance(module, _CONVOLUTIONS):
-        return Entered(x, tuple(y.shape[2:]), True)
-    x = y if isinstance(module, nn.Embedding) else x
-    return Entered(x, tuple(x.shape[1:-1]), False)
-
-
 def _trains(module: nn.Module) -> bool:
     children = (child.parameters() for key, child in module._modules.items() if child is not None and key != "adapters")
     own = (p for p in module._parameters.values() if p is not None)
     return any(p.requires_grad for p in own) or any(p.requires_grad for each in children for p in each)
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether an attention in ``module`` says of itself that tokens look back alone."""
-    return any(getattr(part, flag, None) is True for part in module.modules() for flag in ("is_causal", "is_decoder"))
 
 
 def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
@@ -411,116 +272,6 @@ def check_widths(targets: Sequence[Target], method: Any) -> None:
             )
 
 
-class Part(nn.Module):
-    """A part of a side network, whose values come from a generator."""
-
-    def fill(self, generator: torch.Generator) -> None:
-        """Fill the parameters."""
-        raise NotImplementedError
-
-
-class Affine(Part):
-    """A linear layer, or with a ``kernel`` a convolution of (B, C, ...), in the precision of its input.
-
-    It starts as torch's own do, the bias at zero; or all at zero.
-    """
-
-    def __init__(
-        self, target: Target, d_in: int, d_out: int, *kernel: int, stride: int = 1, groups: int = 1, zero: bool = False
-    ) -> None:
-        super().__init__()
-        self.weight = target.new_parameter(d_out, d_in // groups, *kernel)
-        self.bias = target.new_parameter(d_out)
-        self.stride, self.groups, self.zero = stride, groups, zero
-        self.padding = tuple((k - stride + 1) // 2 for k in kernel)
-
-    def fill(self, generator: torch.Generator) -> None:
-        """U(-1/sqrt(fan in), 1/sqrt(fan in)), or zero."""
-        random = torch.empty(self.weight.shape, dtype=self.weight.dtype)
-        self.weight.copy_(nn.init.kaiming_uniform_(random, a=math.sqrt(5), generator=generator))
-        if self.zero:
-            self.weight.zero_()
-        self.bias.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_out) for x (..., d_in); (B, d_out, ...) for a convolution."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if not self.padding:
-            return F.linear(x, weight, bias)
-        conv: Any = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.padding)]
-        return conv(x, weight, bias, self.stride, self.padding, 1, self.groups)
-
-
-class Norm(Part):
-    """Normalisation of the last axis, with weight and bias; of all channels of a map (B, C, ...) if ``of_maps``."""
-
-    def __init__(self, target: Target, d: int, of_maps: bool = False) -> None:
-        super().__init__()
-        self.weight, self.bias, self.of_maps = target.new_parameter(d), target.new_parameter(d), of_maps
-
-    def fill(self, generator: torch.Generator) -> None:
-        """Ones and zeros."""
-        self.weight.fill_(1)
-        self.bias.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x, normalised."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.group_norm(x, 1, weight, bias) if self.of_maps else F.layer_norm(x, weight.shape, weight, bias)
-
-
-class InputNet(nn.Module):
-    """A small network on what the model was given: convolutions for images, layers of each token alone for the rest.
-
-    Args:
-        target: where its parameters are.
-        entry: the first layer of the model.
-        width: features inside.
-        depth: layers before the last.
-        d_out: features out.
-    """
-
-    def __init__(self, target: Target, entry: Tap, width: int, depth: int, d_out: int) -> None:
-        super().__init__()
-        is_map, d_in = isinstance(entry.module, _CONVOLUTIONS), entry.width_in
-        axes = axes_of(entry) if is_map else 0
-        # as the reference: the first steps by 4, the second by 2
-        shapes = [((8,) * axes, 4), ((3,) * axes, 2)] + [((3,) * axes, 1)] * depth
-        widths = [d_in] + [width] * depth
-        self.layers = nn.ModuleList(
-            Affine(target, before, after, *kernel, stride=stride)
-            for before, after, (kernel, stride) in zip(widths, widths[1:], shapes, strict=False)
-        )
-        self.norms = nn.ModuleList(Norm(target, width, of_maps=is_map) for _ in range(depth))
-        self.out = Affine(target, width, d_out)
-
-    def forward(self, given: Entered, y: Tensor, first: bool, causal: bool, who: str) -> Tensor:
-        """(B, ..., d_out) that lies as ``y`` does, channels last; tokens in front of the grid get its mean.
-
-        Where tokens look back alone, a mean would show them what follows: there the tokens in front get zeros.
-        """
-        x = given.x.to(y.dtype)
-        size, prefix = grid_of(y, first, given.size, who)
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.relu(norm(layer(x)))
-        if given.is_map or size != given.size:
-            x = x if given.is_map else x.movedim(-1, 1)
-            x = from_map(resample(x, size), tokens=y.dim() == 3)
-        x = self.out(x.flatten(1, -2) if y.dim() == 3 else x)
-        if prefix:
-            front = x.new_zeros(len(x), 1, x.shape[-1]) if causal else x.mean(1, keepdim=True)
-            x = torch.cat([front.expand(-1, prefix, -1), x], dim=1)
-        return x
-
-
-def num_of_input_net(entry: Tap, width: int, depth: int, d_out: int) -> int:
-    """Numbers in an `InputNet`."""
-    axes = axes_of(entry) if isinstance(entry.module, _CONVOLUTIONS) else 0
-    widths, kernels = [entry.width_in] + [width] * depth, [8**axes] + [3**axes] * depth
-    layers = sum(b * a * k + 3 * a for b, a, k in zip(widths, widths[1:], kernels, strict=False))
-    return layers + (width + 1) * d_out
-
-
 @dataclass(frozen=True, kw_only=True)
 class SideMethod(Method):
     """A method that trains a network beside the model, fed by the answers of its blocks.
@@ -553,7 +304,8 @@ class SideMethod(Method):
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The blocks."""
-        return [*taps_of(model, self.taps, type(self).__name__)]
+        who = type(self).__name__
+        return [*taps_of(model, blocks_to_tap(model, self.taps, who), who)]
 
     def adapters(self, targets: list[Target]) -> list[Adapter]:
         """The side network at the last block, or at several, and taps at the others."""

@@ -16,8 +16,8 @@ from lightning_peft.engine import AdapterError, Site, TargetError
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import _base_modules, sites
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FIRST = (*_CONVOLUTIONS, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FIRST = (*CONVOLUTIONS, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 class Entered(NamedTuple):
@@ -29,6 +29,14 @@ class Entered(NamedTuple):
     x: Tensor
     size: tuple[int, ...]
     is_map: bool
+
+
+def entered(x: Tensor, y: Tensor, module: nn.Module) -> Entered:
+    """What the model was given, seen at its first layer ``module``, which was given ``x`` and answered ``y``."""
+    if isinstance(module, CONVOLUTIONS):
+        return Entered(x, tuple(y.shape[2:]), True)
+    x = y if isinstance(module, nn.Embedding) else x
+    return Entered(x, tuple(x.shape[1:-1]), False)
 
 
 def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
@@ -67,7 +75,7 @@ def width_in(module: nn.Module, name: str, who: str) -> int:
     """Features that ``module`` is given: as many as it answers with, unless it begins with a convolution."""
     if channels_first(module):
         first = next(layer for _, layer, _ in layers_of(module))
-        if isinstance(first, _CONVOLUTIONS):
+        if isinstance(first, CONVOLUTIONS):
             return int(first.in_channels)
     return width_of(module, name, who)
 

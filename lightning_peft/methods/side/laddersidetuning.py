@@ -19,35 +19,12 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_peft.adapters.side import Affine, Exit, Kept, Norm, SideMethod, Stash, Tap, alike, check_widths, visible
+from lightning_peft.adapters.side import Exit, Kept, SideMethod, Stash, alike, check_widths, visible
+from lightning_peft.adapters.small_nets import Affine, MixingBlock, Norm
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
 from lightning_peft.engine.limits import Count, Positive
-
-
-class SideBlock(nn.Module):
-    """A block that normalises first: attention, or a depthwise convolution of maps, and a feed-forward net."""
-
-    def __init__(self, target: Target, d: int, heads: int, ratio: int, on_maps: bool) -> None:
-        super().__init__()
-        self.heads, self.on_maps = heads, on_maps
-        self.norm1, self.norm2 = Norm(target, d), Norm(target, d)
-        if on_maps:
-            self.mix = Affine(target, d, d, 3, 3, groups=d)
-        else:
-            self.qkv, self.proj = Affine(target, d, 3 * d), Affine(target, d, d)
-        self.fc1, self.fc2 = Affine(target, d, ratio * d), Affine(target, ratio * d, d)
-
-    def forward(self, s: Tensor, seen: Tensor | None) -> Tensor:
-        """(B, ..., d) for s (B, ..., d)."""
-        h = self.norm1(s)
-        if self.on_maps:
-            s = s + self.mix(h.movedim(-1, 1)).movedim(1, -1)
-        else:
-            q, k, v = self.qkv(h).flatten(1, -2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            s = s + self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)).view(s.shape)
-        return s + self.fc2(F.relu(self.fc1(self.norm2(s))))
+from lightning_peft.parts.taps import Tap
 
 
 class Ladder(Exit):
@@ -68,7 +45,7 @@ class Ladder(Exit):
             }
         )
         self.blocks = nn.ModuleList(
-            SideBlock(target, d, method.heads(d), method.mlp_ratio, t.first)
+            MixingBlock(target, d, method.heads(d), method.mlp_ratio, t.first)
             for t, d in zip(targets, widths, strict=True)
         )
         self.norm, self.up = Norm(target, widths[-1]), Affine(target, widths[-1], target.d_out, zero=method.residual)
@@ -109,6 +86,18 @@ class LadderSideTuning(SideMethod):
     Raises:
         TargetError: no blocks are found, or ``r`` leaves less than 2 features.
         AdapterError: while running, a cache of earlier tokens is given, or the blocks answer in another form.
+
+    >>> from lightning_peft import inject
+    >>> block = lambda: nn.Sequential(nn.Linear(6, 6))
+    >>> net, x = nn.Sequential(nn.Linear(2, 6), nn.Sequential(block(), block())), torch.randn(1, 4, 2)
+    >>> base = net(x)
+    >>> ladder = inject(net, LadderSideTuning(r=2))[1][1].adapters["default"]
+    >>> torch.equal(net(x), base)
+    True
+    >>> _ = ladder.norm.weight.data.zero_(), ladder.norm.bias.data.fill_(1.0)  # so that LN s = (1, 1, 1)
+    >>> _ = ladder.up.weight.data.fill_(0.5)
+    >>> torch.allclose(net(x), base + 3 * 0.5)
+    True
     """
 
     paper: ClassVar[str] = "arXiv:2206.06522"

@@ -18,21 +18,11 @@ from typing import ClassVar, Self
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-from lightning_peft.adapters.side import (
-    Affine,
-    Exit,
-    InputNet,
-    Kept,
-    SideMethod,
-    Stash,
-    Tap,
-    alike,
-    num_of_input_net,
-    taps_of,
-)
+from lightning_peft.adapters.side import Exit, Kept, SideMethod, Stash, alike
+from lightning_peft.adapters.small_nets import Affine, InputNet, num_of_input_net
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
 from lightning_peft.engine.limits import Count
-from lightning_peft.parts.blocks import find_blocks
+from lightning_peft.parts.taps import Tap, blocks_to_tap, taps_of
 
 
 class Views(Exit):
@@ -70,6 +60,16 @@ class LEVI(SideMethod):
 
     Raises:
         TargetError: no blocks are found, or no head is known: name it in ``modules_to_save``.
+
+    >>> import torch
+    >>> from lightning_peft import inject
+    >>> block = lambda: nn.Sequential(nn.Linear(3, 3))
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sequential(block(), block()))
+    >>> views = inject(net, LEVI(modules_to_save=()))[1][1].adapters["default"]
+    >>> for up, y in zip(views.up, (1.0, 5.0)):
+    ...     _ = up.weight.data.zero_(), up.bias.data.fill_(y)
+    >>> net(torch.randn(1, 1, 2)).tolist()
+    [[[3.0, 3.0, 3.0]]]
     """
 
     paper: ClassVar[str] = "arXiv:2402.04644"
@@ -84,8 +84,7 @@ class LEVI(SideMethod):
     def targets(self, model: nn.Module) -> list[Target]:
         """The first layer, and the blocks that are looked at."""
         who = type(self).__name__
-        taps_of(model, self.taps, who)  # of one kind
-        blocks = find_blocks(model, self.taps, who)
+        blocks = blocks_to_tap(model, self.taps, who)
         n = len(blocks) if self.taps is not None else min(self.num_taps, len(blocks))
         chosen = [blocks[(i + 1) * len(blocks) // n - 1] for i in range(n)]
         return [*taps_of(model, chosen, who, entry=self.entry)]

@@ -19,10 +19,12 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.side import Exit, InputNet, Kept, SideMethod, Stash, Tap, num_of_input_net, taps_of
-from lightning_peft.engine import Adapter, Kind, Layer, Target, register
+from lightning_peft.adapters.side import Exit, Kept, SideMethod, Stash
+from lightning_peft.adapters.small_nets import InputNet, num_of_input_net
+from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, register
 from lightning_peft.engine.limits import Count
 from lightning_peft.parts.blocks import find_blocks
+from lightning_peft.parts.taps import Tap, blocks_to_tap, taps_of
 
 
 class Blend(Exit):
@@ -71,9 +73,17 @@ class SideTuning(SideMethod):
     Raises:
         TargetError: no blocks are found, or no head is known: name it in ``modules_to_save``.
 
-    >>> from torch import ones, allclose, sigmoid
     >>> from lightning_peft import inject
-    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"blocks": nn.ModuleList([])}))
+    >>> block = lambda: nn.Sequential(nn.Linear(3, 3))
+    >>> net, x = nn.Sequential(nn.Linear(2, 3), nn.Sequential(block(), block())), torch.randn(1, 4, 2)
+    >>> base = net(x)
+    >>> side = inject(net, SideTuning(modules_to_save=()))[1][1].adapters["default"]
+    >>> _ = side.net.out.weight.data.zero_(), side.net.out.bias.data.fill_(5.0)  # so that S(x) = 5
+    >>> torch.allclose(net(x), 0.5 * base + 0.5 * 5.0)
+    True
+    >>> _ = side.alpha.data.fill_(2.0)  # sigmoid(2) = 0.8808
+    >>> torch.allclose(net(x), 0.8808 * base + 0.1192 * 5.0, atol=1e-3)
+    True
     """
 
     paper: ClassVar[str] = "arXiv:1912.13503"
@@ -88,10 +98,15 @@ class SideTuning(SideMethod):
     def targets(self, model: nn.Module) -> list[Target]:
         """The first layer, and the blocks that are changed; between them those that must not see the change."""
         who = type(self).__name__
-        exits = find_blocks(model, self.taps, who)
+        exits = blocks_to_tap(model, self.taps, who)
         if self.taps is None:
             return [*taps_of(model, exits[-1:], who, entry=self.entry)]
-        return [*taps_of(model, exits, who, exits=exits, entry=self.entry)]
+        try:
+            blocks = find_blocks(model)
+        except TargetError:
+            blocks = []
+        names = [n for n in blocks if blocks.index(exits[0]) <= blocks.index(n)] if {*exits} <= {*blocks} else exits
+        return [*taps_of(model, names[: names.index(exits[-1]) + 1], who, exits=exits, entry=self.entry)]
 
     def d_out(self, target: Target) -> int:
         """Features of the side network at ``target``."""

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.adapters.side import Affine, Exit, Kept, Norm, SideMethod, Stash, Tap, alike, check_widths, visible
+from lightning_peft.adapters.side import Exit, Kept, SideMethod, Stash, alike, check_widths, visible
+from lightning_peft.adapters.small_nets import Affine, Norm
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
 from lightning_peft.engine.limits import Count
+from lightning_peft.parts.taps import Tap
 
 
 class Parallel(Exit):
@@ -85,6 +87,17 @@ class UniPT(SideMethod):
         TargetError: no blocks are found, ``r`` leaves less than 2 features, or no head is known: name it in
             ``modules_to_save``.
         AdapterError: while running, a cache of earlier tokens is given, or the blocks answer in another form.
+
+    >>> from lightning_peft import inject
+    >>> block = lambda: nn.Sequential(nn.Linear(6, 6))
+    >>> net, x = nn.Sequential(nn.Linear(2, 6), nn.Sequential(block(), block())), torch.randn(1, 4, 2)
+    >>> base = net(x)
+    >>> side = inject(net, UniPT(r=2, modules_to_save=()))[1][1].adapters["default"]
+    >>> for norm in (*side.norms, side.norm):  # z = (1, 1, 1); in relu: (2, 2, 2)
+    ...     _ = norm.weight.data.zero_(), norm.bias.data.fill_(1.0)
+    >>> _ = side.up.weight.data.fill_(0.5)
+    >>> torch.allclose(net(x), base + 3 * 2 * 0.5)
+    True
     """
 
     paper: ClassVar[str] = "arXiv:2308.14316"
