@@ -113,7 +113,7 @@ class Stage(MetaToken, Exit):
 def num_of_stage(method: Any, entry: Tap, stage: int, blocks: list[Tap], end: Tap) -> int:
     """Numbers in a `Stage`, but its meta tokens.
 
-    d wide: stem or step, two norms, bridge (D + 1) d, U (d + 1) D; for each block of the model a block 4 d (d + 1) + 4 d
+    d wide: stem or step, two norms, bridge (D + 1) d, U (d + 1) D; for each block of the model 4 d (d + 1) + 4 d
     + 2 ratio d^2 + (ratio + 1) d, and 2 d for the norm of its token.
     """
     k, d, before, ratio = axes_of(entry), method.dims[stage], method.dims[stage - 1], method.mlp_ratio

@@ -169,8 +169,8 @@ class Exit(Quiet):
         taps, given, extra = stash.taps, stash.entered, stash.extra
         if before is not None:
             taps, given, extra = before.taps | taps, given or before.entered, before.extra | extra
-        missing = [name for index, name in self.names.items() if index not in taps]
-        missing += [self.entry_name] if given is None else []
+        absent = [name for index, name in self.names.items() if index not in taps]
+        missing = dict.fromkeys([*([self.entry_name] if given is None else []), *absent])
         if missing:
             raise AdapterError(
                 f"{self.who}: {', '.join(map(repr, missing))} was not called before {self.name!r}. Give the model its "
@@ -178,7 +178,7 @@ class Exit(Quiet):
                 "(taps=), and let activation checkpoints be of the kind use_reentrant=False, or leave them off: the "
                 "blocks keep nothing here."
             )
-        kept = Kept(x, taps, given, extra)  # type: ignore[arg-type]  # it was not missing
+        kept = Kept(x, dict(taps), given, dict(extra))  # type: ignore[arg-type]  # it was not missing
         try:
             y = to_last(raw, self.first)
             changed = self.side(y, kept, layer)

@@ -132,3 +132,10 @@ def _check_batch_first(module: nn.Module, name: str, who: str) -> None:
 def is_causal(module: nn.Module) -> bool:
     """Whether an attention in ``module`` says of itself that tokens look back alone."""
     return any(getattr(part, flag, None) is True for part in module.modules() for flag in ("is_causal", "is_decoder"))
+
+
+def looks_at_all(module: nn.Module) -> bool:
+    """Whether ``module`` is a block of tokens with an attention that looks at all of them, not at windows or a map."""
+    parts = dict(module.named_modules())
+    attends = any("attn" in name or "attention" in name for name in parts)
+    return attends and not channels_first(module) and not any(hasattr(part, "window_size") for part in parts.values())

@@ -25,7 +25,7 @@ from lightning_peft.engine import Adapter, Kind, Target, TargetError, check_rang
 from lightning_peft.engine.limits import Count
 from lightning_peft.parts.blocks import stage_modules, stages_of
 from lightning_peft.parts.layout import layers_of
-from lightning_peft.parts.taps import Tap, blocks_to_tap, taps_of
+from lightning_peft.parts.taps import Tap, blocks_to_tap, looks_at_all, taps_of
 
 
 @register("hierarchicalsidetuning")
@@ -124,10 +124,7 @@ class HierarchicalSideTuning(SideMethod):
 
     def takes_meta(self, target: Tap) -> bool:
         """Whether a token may be added: to blocks of tokens with an attention that looks at all of them."""
-        parts = dict(target.module.named_modules())
-        attends = any("attn" in name or "attention" in name for name in parts)
-        windows = any(hasattr(part, "window_size") for part in parts.values())
-        return not (self.detach_taps or target.first or target.role == "entry" or windows) and attends
+        return not (self.detach_taps or target.role == "entry") and looks_at_all(target.module)
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """``modules_to_save``, and the layer norms of the blocks."""
