@@ -150,7 +150,10 @@ class Exit(Quiet):
         self.entry_name = next(t.name for t in targets if t.enters)
 
     def side(self, y: Tensor, kept: "Kept", layer: Layer) -> Tensor:
-        """The features (B, ..., C) to answer with in the place of those of the block, ``y``, channels last."""
+        """The features (B, ..., C) to answer with in the place of those of the block, ``y``, channels last.
+
+        Or ``y`` itself, if what it made is left in ``self.stash.extra["side"]`` for a later exit.
+        """
         raise NotImplementedError
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
@@ -185,15 +188,16 @@ class Exit(Quiet):
         finally:
             if self.last:
                 stash.clear()
-        if changed is y:
-            return answer
-        features = from_last(changed, self.first).to(raw.dtype)
-        if not self.last:
-            stash.replaced.append((features, raw))
+        handed_on = changed is y  # what it made goes to a later exit
+        features = stash.extra["side"] if handed_on else from_last(changed, self.first).to(raw.dtype)
         if not torch.compiler.is_compiling() and features.grad_fn is not None:
             metadata: Any = features.grad_fn.metadata
             metadata["lightning_peft"] = kept
             stash.before[id(x)] = kept
+        if handed_on:
+            return answer
+        if not self.last:
+            stash.replaced.append((features, raw))
         return (features, *answer[1:]) if isinstance(answer, tuple) else features
 
     def tap(self, kept: Kept, index: int, like: Tensor) -> Tensor:
