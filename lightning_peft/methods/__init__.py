@@ -9,5 +9,6 @@ from .prompts import *  # noqa: F403
 from .quantized import *  # noqa: F403
 from .sampling import *  # noqa: F403
 from .selective import *  # noqa: F403
+from .side import *  # noqa: F403
 
 __all__ = [cls.__name__ for cls in METHODS.values()]

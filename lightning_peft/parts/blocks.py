@@ -7,7 +7,7 @@ from torch import nn
 from lightning_peft.engine import TargetError
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import base_class, holds_adapters
-from lightning_peft.engine.targets import as_patterns, matches
+from lightning_peft.engine.targets import _base_modules, as_patterns, matches
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who: str = "blocks") -> list[str]:
@@ -30,7 +30,7 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who
     >>> find_blocks(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": nn.ModuleList([block(), block()])}))
     ['layers.0', 'layers.1']
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in _base_modules(model) if name}
     names: list[str] = []
     for pattern in as_patterns(blocks):
         found = [name for name, module in modules.items() if matches(pattern, name, module)]
@@ -51,6 +51,35 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who
             "(blocks='net.layers') or the paths of single blocks (blocks=['net.first', 'net.second'])."
         )
     return names
+
+
+def stages_of(blocks: Sequence[str]) -> list[list[str]]:
+    """Blocks by the lists that hold them: the stages of a model that has several.
+
+    >>> stages_of(["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"])
+    [['layers.0.blocks.0', 'layers.0.blocks.1'], ['layers.1.blocks.0']]
+    """
+    stages: dict[str, list[str]] = {}
+    for name in blocks:
+        stages.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(stages.values())
+
+
+def stage_modules(model: nn.Module, stages: Sequence[Sequence[str]]) -> list[str]:
+    """Of each of several stages the outermost module that holds its blocks, and none of the others.
+
+    >>> net = nn.ModuleDict({key: nn.Sequential(nn.Sequential(nn.Linear(2, 2))) for key in "ab"})
+    >>> stage_modules(net, [["a.0"], ["b.0"]])
+    ['a', 'b']
+    """
+    found = []
+    for stage in stages:
+        others = [name for other in stages if other is not stage for name in other]
+        path = stage[0].split(".")
+        outer = (".".join(path[:depth]) for depth in range(1, len(path) + 1))
+        called = (n for n in outer if not isinstance(model.get_submodule(n), nn.ModuleList | nn.ModuleDict))
+        found.append(next(n for n in called if not any(name.startswith(n + ".") for name in others)))
+    return found
 
 
 def _search(module: nn.Module, path: str) -> list[str]:
