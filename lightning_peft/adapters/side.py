@@ -15,16 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.small_nets import Part
-from lightning_peft.engine import (
-    Adapter,
-    AdapterError,
-    Layer,
-    Method,
-    Target,
-    TargetError,
-    check_range,
-    select_parameters,
-)
+from lightning_peft.engine import Adapter, AdapterError, Layer, MethodWithHead, Target, TargetError
+from lightning_peft.engine.limits import Patterns
 from lightning_peft.parts.layout import Entered, entered, from_last, resample, to_last
 from lightning_peft.parts.taps import Tap, blocks_to_tap, is_causal, taps_of
 
@@ -277,7 +269,7 @@ def check_widths(targets: Sequence[Target], method: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideMethod(Method):
+class SideMethod(MethodWithHead):
     """A method that trains a network beside the model, fed by the answers of its blocks.
 
     Args:
@@ -293,18 +285,9 @@ class SideMethod(Method):
     needs_blocks: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
-    taps: str | tuple[str, ...] | None = None
+    taps: Patterns | None = None
     causal: bool | None = None
-    modules_to_save: str | tuple[str, ...] = "output-head"
-
-    def __post_init__(self) -> None:
-        for name in ("taps", "modules_to_save"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-            value = getattr(self, name)
-            ok = value is None or isinstance(value, str) or all(isinstance(v, str) for v in value)
-            check_range(type(self).__name__, name, value, ok, "a pattern or several")
-        super().__post_init__()
+    modules_to_save: Patterns = "output-head"
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The blocks."""
@@ -326,7 +309,3 @@ class SideMethod(Method):
     def exit(self, target: Tap, stash: Stash, targets: list[Tap]) -> Adapter:
         """The side network at ``target``, one of ``targets``."""
         return self.adapter_types["module"](target, stash, self, targets)
-
-    def trained_in_place(self, model: nn.Module) -> list[str]:
-        """All parameters of ``modules_to_save``."""
-        return select_parameters(model, self.modules_to_save, who=type(self).__name__)

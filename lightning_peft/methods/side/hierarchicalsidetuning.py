@@ -74,12 +74,10 @@ class HierarchicalSideTuning(SideMethod):
     entry: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dims", "num_heads"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         pairs = zip(self.dims, self.num_heads, strict=False)
         fits = len(self.dims) == len(self.num_heads) and all(d >= h >= 1 and d % h == 0 for d, h in pairs)
         check_range(type(self).__name__, "num_heads", self.num_heads, fits, f"divisors of each of dims {self.dims}")
-        super().__post_init__()
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The first layer, the blocks, and where every stage answers, the modules of the stages."""

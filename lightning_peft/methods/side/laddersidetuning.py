@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.side import Exit, Kept, SideMethod, Stash, alike, check_widths, visible
 from lightning_peft.adapters.small_nets import Affine, MixingBlock, Norm
 from lightning_peft.engine import Adapter, Kind, Layer, Target, register
-from lightning_peft.engine.limits import Count, Positive
+from lightning_peft.engine.limits import Count, Patterns, Positive
 from lightning_peft.parts.taps import Tap
 
 
@@ -109,7 +109,7 @@ class LadderSideTuning(SideMethod):
     mlp_ratio: Count = 4
     temperature: Positive = 0.1
     residual: bool = True
-    modules_to_save: str | tuple[str, ...] = ()
+    modules_to_save: Patterns = ()
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The blocks, of which each is wide enough."""
