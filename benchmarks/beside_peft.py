@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.row import Row, alternate
-from lightning_peft import IA3, FullFineTuning, LoRA, PrefixTuning, PromptTuning, PTuning, inject
+from lightning_peft import IA3, LinearProbe, LoRA, PrefixTuning, PromptTuning, PTuning, inject
 from lightning_peft.callbacks.fused import fused
 from lightning_peft.engine import Method
 
@@ -24,10 +24,10 @@ _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PAIRS: list[tuple[Method, Any]] = [
     (LoRA(r=8), peft.LoraConfig(r=8, target_modules=_LINEAR, **_TASK)),
     (IA3(), peft.IA3Config(**_TASK)),
-    (FullFineTuning(target_modules="LlamaRMSNorm"), peft.LNTuningConfig(target_modules="LlamaRMSNorm", **_TASK)),
-    (PromptTuning(p=20), peft.PromptTuningConfig(num_virtual_tokens=20, **_TASK)),
-    (PrefixTuning(p=20), peft.PrefixTuningConfig(num_virtual_tokens=20, **_TASK)),
-    (PTuning(p=20), peft.PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=256, **_TASK)),
+    (LinearProbe(modules_to_save="LlamaRMSNorm"), peft.LNTuningConfig(target_modules="LlamaRMSNorm", **_TASK)),
+    (PromptTuning(num_virtual_tokens=20), peft.PromptTuningConfig(num_virtual_tokens=20, **_TASK)),
+    (PrefixTuning(num_virtual_tokens=20), peft.PrefixTuningConfig(num_virtual_tokens=20, **_TASK)),
+    (PTuning(num_virtual_tokens=20), peft.PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=256, **_TASK)),
 ]
 
 
@@ -55,7 +55,7 @@ def run() -> list[Row]:
         ours = inject(copy.deepcopy(base), method).train()
         theirs = peft.get_peft_model(copy.deepcopy(base), config).train()
         counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
-        name = "norms alone (LN tuning)" if isinstance(method, FullFineTuning) else type(method).__name__
+        name = "norms alone (LN tuning)" if isinstance(method, LinearProbe) else type(method).__name__
         if counts[0] != counts[1]:
             raise RuntimeError(f"{name}: {counts[0]:,} parameters train here and {counts[1]:,} in HF PEFT.")
         steps[name] = _step(ours, ids, fused), _step(theirs, ids, nullcontext)
