@@ -135,7 +135,7 @@ class Bottleneck(Adapter):
         dropout: probability of dropping a feature of the bottleneck, in training only.
         start: ``"bert"`` draws both matrices from N(0, 0.02^2); ``"identity"`` draws D as ``nn.Linear`` does, and lets
             U be zero. Only one of the two may be zero: no gradient would reach either.
-        source: where x comes from.
+        source: where x comes from; ``"input"`` on linear layers alone.
         stash: for ``source="stash"``.
     """
 
@@ -155,11 +155,11 @@ class Bottleneck(Adapter):
         stash: Stash | None = None,
     ) -> None:
         super().__init__()
-        channels_in = target.shape[1] * _groups(target) if source == "input" else target.d_out
+        d_in = target.d_in if source == "input" else target.d_out
         self.activation, self.start, self.source, self.stash = activation, start, source, stash
         self.bottleneck_dropout = dropout
         self.axes_after = max(len(target.shape) - 2, 0)  # spatial axes behind the channels
-        self.down, self.up = target.new_parameter(r, channels_in), target.new_parameter(target.d_out, r)
+        self.down, self.up = target.new_parameter(r, d_in), target.new_parameter(target.d_out, r)
         self.down_bias, self.up_bias = target.new_parameter(r), target.new_parameter(target.d_out)
         if scaling == "learned":
             self.scaling: Tensor = target.new_parameter(1)
@@ -224,7 +224,3 @@ def with_taps(targets: Sequence[Target], make: Callable[[Target, Stash | None], 
     around = {t.to for t in taps if t.role == "block"}
     stashes = {t.to: Stash(t.name, t.to in around) for t in taps if t.role == "entry"}
     return [Tap(stashes[t.to], t.role) if isinstance(t, Linked) else make(t, stashes.get(t.name)) for t in targets]
-
-
-def _groups(target: Target) -> int:
-    return target.module.groups if target.site.kind == "conv" else 1  # type: ignore[return-value]

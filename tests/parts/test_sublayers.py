@@ -349,3 +349,16 @@ def test_a_norm_without_parameters_and_one_of_another_library_count() -> None:
     assert "model.norm.weight" in llama
     assert PfeifferAdapter(train_norms=True).trained_in_place(backbone("dit")) == []
     assert torch.is_tensor(inject(backbone("dit"), PfeifferAdapter(r=2)).get_parameter("pos_embed.proj.weight"))
+
+
+def test_batch_norms_behind_layers_do_not_say_how_wide_a_block_is() -> None:
+    attention, feedforward = find_sublayers(of_timm("levit_128s"))[:2]
+    assert attention.exit.name == "stages.0.blocks.0.attn.proj.ln.linear"
+    assert feedforward.exit.name == "stages.0.blocks.0.mlp.ln2.linear"
+    assert attention.width == feedforward.width == 128
+
+
+def test_a_sequence_beside_blocks_that_are_sequences_is_none() -> None:
+    sequence = lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))  # noqa: E731
+    model = nn.ModuleDict({"layers": nn.ModuleList([sequence(), sequence()]), "head": sequence()})
+    assert [s.exit.name for s in find_sublayers(model, ("feedforward",))] == ["layers.0.2", "layers.1.2"]
