@@ -156,14 +156,19 @@ def cached(cache: Any) -> dict[str, Any]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def test_a_cache_that_was_filled_step_by_step_answers_the_same() -> None:
-    model, _ = adapted("llama")
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("method", [PromptTuning(num_virtual_tokens=P), DePT(num_virtual_tokens=P, r=2, max_length=8)])
+def test_a_cache_that_was_filled_step_by_step_answers_the_same(method: Method, masked: bool) -> None:
+    model, _ = adapted("llama", method)
     inject(model, PromptTuning(num_virtual_tokens=2), name="second")
     tokens = ids(2, 6)
     at_once = model(tokens).logits
     first = model(tokens[:, :3], use_cache=True)
     cache = first.past_key_values
-    rest = [model(tokens[:, i : i + 1], **cached(cache), attention_mask=torch.ones(2, i + 1)) for i in (3, 4, 5)]
+    rest = []
+    for i in (3, 4, 5):
+        mask = {"attention_mask": torch.ones(2, i + 1)} if masked else {}
+        rest.append(model(tokens[:, i : i + 1], **cached(cache), **mask))
     torch.testing.assert_close(torch.cat([first.logits, *[r.logits for r in rest]], dim=1), at_once)
 
 
