@@ -54,7 +54,7 @@ class Branch(Adapter):
     def __init__(self, target: Merged, merging: Merging) -> None:
         super().__init__()
         self.merging, self.role, self.heads = merging, target.role, target.heads
-        self.fused = target.d_out == 3 * target.module.in_features if target.role == "keys" else False
+        self.fused = target.name.endswith("qkv")
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the branch answers; zeros while it is left out."""
@@ -141,8 +141,8 @@ class Merge(Adapter):
             self.merging.skipped = ""
         if y.shape != x.shape:
             raise AdapterError(
-                f"{self.who}: {self.name!r} made {tuple(y.shape)} of {tuple(x.shape)} by another adapter on it. Let one "
-                "that changes the number of tokens act at a time (set_active)."
+                f"{self.who}: {self.name!r} made {tuple(y.shape)} of {tuple(x.shape)} by another adapter on it. Let "
+                "one that changes the number of tokens act at a time (set_active)."
             )
         return y
 

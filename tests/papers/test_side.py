@@ -1,6 +1,7 @@
 """Side networks: what they must not touch, what they must not see, and where they answer."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+from benchmarks.row import saved_bytes
 from lightning_peft import (
     LEVI,
     PEFT,
@@ -103,6 +105,17 @@ def test_nothing_goes_back_through_the_backbone(name: str, net: str) -> None:
     y.square().mean().backward()
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     assert frozen == []
+
+
+def test_a_quarter_of_what_lora_keeps_is_enough() -> None:
+    import timm
+
+    x, kept = torch.randn(4, 3, 64, 64), {}
+    for method in (LoRA(r=8), SideTuning(), LadderSideTuning(), UniPT(), LEVI()):
+        model = inject(timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=5), method)
+        kept[type(method).__name__] = saved_bytes(functools.partial(model, x), model.parameters())
+    allowed = 0.25 * kept.pop("LoRA")
+    assert {name: n for name, n in kept.items() if not 0 < n <= allowed} == {}
 
 
 class Classifier(LightningModule):

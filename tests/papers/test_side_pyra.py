@@ -37,6 +37,7 @@ def block_by_hand(block: Any, merge: Any, x: Tensor, size: Tensor, r: int) -> tu
     return h + block.mlp(block.norm2(h)), sizes, [groups[n] for n in new]
 
 
+@torch.no_grad()
 def test_tokens_are_modulated_merged_and_given_back() -> None:
     torch.manual_seed(0)
     model, x = TinyBlocks().double(), torch.randn(2, 13, 7, dtype=torch.float64)
@@ -62,7 +63,7 @@ def test_tokens_are_modulated_merged_and_given_back() -> None:
 def test_a_block_that_merges_nothing_is_the_block() -> None:
     model, x = TinyBlocks(), torch.randn(2, 13, 7)
     seen: list[int] = []
-    model.blocks[1].mlp.register_forward_hook(lambda m, a, y: seen.append(y.shape[1]))  # type: ignore[union-attr, operator]
+    model.blocks[1].mlp[0].register_forward_hook(lambda m, a, y: seen.append(y.shape[1]))  # type: ignore[union-attr, operator]
     inject(model, PYRA(r=(0, 2), **TOLD))
     halves = inject(TinyBlocks(), PYRA(r=(2, 0), **TOLD))
     halves.load_state_dict(model.state_dict(), strict=False)

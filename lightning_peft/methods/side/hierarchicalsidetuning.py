@@ -34,14 +34,13 @@ class HierarchicalSideTuning(SideMethod):
     """A side network in stages for images; layer norms of the blocks and the output head train with it.
 
     Args:
-        dims: features of each stage, which share the blocks out evenly, or as the model's own stages do.
-        num_heads: attention heads of each stage.
+        dims: features of each stage; they share the blocks out evenly, or as the model's own stages do.
+        num_heads: attention heads of each.
         mlp_ratio: inner features of a feed-forward net for each of its outer ones.
-        detach_taps: run the blocks without gradients, which leaves out meta tokens and layer norms: little memory.
+        detach_taps: run the blocks without gradients, and leave out meta tokens and layer norms: little memory.
         pyramid: every stage answers, not the last alone: for nets that answer with the features of their stages. One
             that is plain, as a ViT, has to be asked for those of the last blocks of the side stages.
-        entry: name of the layer whose input the side network gets; the first by default.
-        taps: see `SideMethod`.
+        entry: name of the layer whose input the side network gets; the first by default. For ``taps``: `SideMethod`.
         modules_to_save: modules trained whole, by default the output head.
 
     Raises:

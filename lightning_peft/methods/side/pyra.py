@@ -85,14 +85,14 @@ class PYRA(Method):
         """The blocks, their attentions, projections of keys, and feed-forward nets."""
         names = find_blocks(model, self.blocks, "PYRA")
         patches = self.num_patches or _told(model, ("num_patches",), "num_patches")
-        prefix = self.num_prefix_tokens
-        prefix = _told(model, ("num_prefix_tokens",), "", 1) if prefix is None else prefix
-        found: list[Target] = []
-        tokens = patches + prefix
+        given = self.num_prefix_tokens
+        prefix = _told(model, ("num_prefix_tokens",), "", 1) if given is None else given
+        found, tokens = list[Target](), patches + prefix
         for i, (name, r) in enumerate(zip(names, self.schedule(len(names), tokens, prefix), strict=True)):
             block = model.get_submodule(name)
             attention, mlp = (_child(block, name, keys) for keys in (_ATTENTIONS, _MLPS))
-            keys, inner = _child(block.get_submodule(attention), name, _KEYS), block.get_submodule(attention)
+            inner = block.get_submodule(attention)
+            keys = _child(inner, name, _KEYS)
             if not looks_at_all(block) or "norm" not in next(key for key, _ in block.named_children()):
                 raise TargetError(
                     f"PYRA: {name!r} does not look at all tokens, normalised first. Choose a plain ViT, where it does."
@@ -103,7 +103,7 @@ class PYRA(Method):
                 path = name if role == "block" else f"{name}.{part}"
                 target = module_target(model, path, width_of(model.get_submodule(path), path, "PYRA"))
                 facts = (role, i, r, tokens, prefix, heads, i == len(names) - 1)
-                found.append(Merged(*vars(target).values(), *facts))
+                found.append(Merged(target.name, target.module, target.site, path, *facts))  # type: ignore[arg-type]
             tokens -= r
         if not any(isinstance(t, Merged) and t.r for t in found):
             raise TargetError(f"PYRA: r={self.r} merges none of {tokens} tokens. Raise r, or leave this method out.")
@@ -145,5 +145,6 @@ def _child(module: nn.Module, name: str, keys: Sequence[str]) -> str:
         if key in keys:
             return key
     raise TargetError(
-        f"PYRA: {name!r} has no part {' or '.join(map(repr, keys))}, as blocks of a plain ViT have. Choose such a model, or name its blocks."
+        f"PYRA: {name!r} has no part {' or '.join(map(repr, keys))}, as blocks of a plain ViT have. Choose such "
+        "a model, or name its blocks."
     )
