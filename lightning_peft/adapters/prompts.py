@@ -79,7 +79,7 @@ class Tokens(Adapter):
 
 
 def _below(layer: Layer) -> list[Tokens]:
-    return [adapter for adapter in layer._below if isinstance(adapter, Tokens)]
+    return [adapter for adapter in layer.below if isinstance(adapter, Tokens)]
 
 
 def _from(x: Tensor, axis: int, first: int) -> Tensor:

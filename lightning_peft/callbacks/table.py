@@ -73,4 +73,4 @@ def show(table: Table) -> None:
 
 def collapsed(name: str) -> str:
     """``name`` with a star for each number, so that like layers look alike."""
-    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)

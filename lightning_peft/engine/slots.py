@@ -174,6 +174,11 @@ class Layer:
         return _base_forward(self.module, x, *args, **kwargs)
 
     @property
+    def below(self) -> tuple[Adapter, ...]:
+        """The adapters that lie below, in the order of injection."""
+        return self._below
+
+    @property
     def is_base(self) -> bool:
         """Whether no other adapter lies below."""
         return not self._below

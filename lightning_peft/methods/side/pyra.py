@@ -8,7 +8,8 @@ Shapes:   s, t, q (B, r, D); W_r (r,), w_1 (B, 1, D); W_D (D,), w_2 (B, r, 1)
 Init:     W_r ~ U(-1, 1), W_D = 0, so w_2 = 0: plain token merging (ToMe), which is not the base
 Merge:    impossible, it changes tokens, not weights
 Deviates from the paper: behind the last block every token gets what its group has, so that heads over all tokens work.
-          It trains the modulation alone: inject LoRA first, and this under another name (PEFT takes one callback each).
+          It trains the modulation alone: put it behind another method, ``callbacks=[PEFT(LoRA()), PEFT(PYRA(),
+          name="pyra")]``.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from lightning_peft.adapters.token_merging import Branch, Merge, Merged, Merging
-from lightning_peft.engine import Adapter, Kind, Method, Target, TargetError, check_range, register, select_parameters
+from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, TargetError, check_range, register
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.targets import module_target
 from lightning_peft.parts.blocks import find_blocks
@@ -30,7 +31,7 @@ _ATTENTIONS, _KEYS, _MLPS = ("attn", "attention"), ("qkv", "k_proj", "key", "to_
 
 @register("pyra")
 @dataclass(frozen=True, kw_only=True)
-class PYRA(Method):
+class PYRA(MethodWithHead):
     """Fewer tokens from block to block of a plain vision transformer, by merging with trained modulation.
 
     Args:
@@ -64,13 +65,11 @@ class PYRA(Method):
     num_prefix_tokens: WholeNumber | None = None
     num_heads: Count | None = None
     blocks: str | None = None
-    modules_to_save: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, list | tuple):
-            object.__setattr__(self, "r", tuple(self.r))
-            check_range("PYRA", "r", self.r, all(isinstance(n, int) and n >= 0 for n in self.r), "integers >= 0")
         super().__post_init__()
+        if isinstance(self.r, tuple):
+            check_range("PYRA", "r", self.r, all(isinstance(n, int) and n >= 0 for n in self.r), "integers >= 0")
 
     def schedule(self, n_blocks: int, tokens: int, prefix: int) -> list[int]:
         """How many tokens each block merges."""
@@ -113,10 +112,6 @@ class PYRA(Method):
         """What merges at each block; what lets it run in halves at its parts."""
         taps, merging = [t for t in targets if isinstance(t, Merged)], Merging()
         return [Merge(t, merging, "PYRA") if t.role == "block" else Branch(t, merging) for t in taps]
-
-    def trained_in_place(self, model: nn.Module) -> list[str]:
-        """All parameters of ``modules_to_save``."""
-        return select_parameters(model, self.modules_to_save, who="PYRA")
 
     def num_trainable(self, target: Target) -> int:
         """r + 3 D of a block that merges."""
