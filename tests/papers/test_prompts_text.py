@@ -32,6 +32,9 @@ def built(name: str) -> nn.Module:
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         few = {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 16}
         model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=31, **few, **quiet, bos_token_id=1, eos_token_id=2))
+    elif name == "bloom":  # its attentions do not say that they are causal
+        few = {"hidden_size": 12, "n_layer": 2, "n_head": 3, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+        model = t.BloomForCausalLM(t.BloomConfig(vocab_size=31, **few, bos_token_id=1, eos_token_id=2))
     elif name in ("bert", "roberta"):
         kind = {"bert": "Bert", "roberta": "Roberta"}[name]
         config = getattr(t, f"{kind}Config")(vocab_size=31, **SIZES, **CALM, max_position_embeddings=16, num_labels=4)
@@ -66,7 +69,7 @@ def longer(model: Any, table: Tensor, tokens: Tensor, start: int = 0) -> Tensor:
     return torch.cat([text[:, :start], table.expand(len(text), -1, -1), text[:, start:]], dim=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
 def test_a_causal_model_answers_as_if_the_embeddings_were_longer(name: str) -> None:
     model, prompt = adapted(name)
     tokens = ids(2, 7)

@@ -235,6 +235,31 @@ def tables_of(model: nn.Module, name: str) -> list[Tensor]:
     return [a.prompt() for _, _, a in adapters_of(model, name) if a.prompt is not None]
 
 
+class Stack(nn.Module):
+    """Hands masks on as they are given, where ``nn.TransformerEncoder`` turns them into numbers."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, **masks: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, **masks)
+        return x
+
+
+def test_true_is_closed_in_torch_and_open_elsewhere() -> None:
+    x, open_ = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(5, 5).tril().bool()
+    longer = nn.functional.pad(open_, (P, 0, P, 0), value=True)
+    longer[:P, P:] = open_[:1]
+    for blocks, name in ((list(encoder().layers), "src_mask"), (list(base("vit").blocks), "attn_mask")):
+        model, h = moved(inject(Stack(copy.deepcopy(blocks)), VPT(num_virtual_tokens=P))), x
+        closed = name == "src_mask"
+        for prompt, block in zip(tables(model), blocks, strict=True):
+            h = block(torch.cat([prompt.expand(2, -1, -1), h], dim=1), **{name: longer ^ closed})[:, P:]
+        torch.testing.assert_close(model(x, **{name: open_ ^ closed}), h)
+
+
 def test_nothing_of_the_future_reaches_a_causal_encoder() -> None:
     model = inject(encoder(), VPT(num_virtual_tokens=P))
     x = torch.randn(1, 5, 12, dtype=torch.float64)
