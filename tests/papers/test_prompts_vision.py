@@ -428,3 +428,13 @@ def test_vpt_on_a_vision_transformer_of_transformers() -> None:
         h = h[0] if isinstance(h, tuple) else h
         h = torch.cat([h[:, :3], h[:, 3 + P :]], dim=1)
     torch.testing.assert_close(model(x).last_hidden_state, plain.layernorm(h))
+
+
+def test_tokens_of_the_model_itself_are_counted() -> None:
+    """Attention does not mind where a prompt stands, so outputs do not show it."""
+    import transformers as t
+
+    small = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
+    registers = t.Dinov2WithRegistersConfig(**small, image_size=16, patch_size=8, num_register_tokens=4)
+    models = [base("vit"), base("average"), base("deit"), encoder(), t.Dinov2WithRegistersModel(registers)]
+    assert [stack_targets(model, "VPT", deep=True)[0].start for model in models] == [1, 2, 2, 0, 5]
