@@ -32,6 +32,9 @@ def built(name: str) -> nn.Module:
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         few = {"n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 16}
         model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=31, **few, **quiet, bos_token_id=1, eos_token_id=2))
+    elif name == "bloom":  # its attentions do not say that they are causal
+        few = {"hidden_size": 12, "n_layer": 2, "n_head": 3, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+        model = t.BloomForCausalLM(t.BloomConfig(vocab_size=31, **few, bos_token_id=1, eos_token_id=2))
     elif name in ("bert", "roberta"):
         kind = {"bert": "Bert", "roberta": "Roberta"}[name]
         config = getattr(t, f"{kind}Config")(vocab_size=31, **SIZES, **CALM, max_position_embeddings=16, num_labels=4)
@@ -66,7 +69,7 @@ def longer(model: Any, table: Tensor, tokens: Tensor, start: int = 0) -> Tensor:
     return torch.cat([text[:, :start], table.expand(len(text), -1, -1), text[:, start:]], dim=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
 def test_a_causal_model_answers_as_if_the_embeddings_were_longer(name: str) -> None:
     model, prompt = adapted(name)
     tokens = ids(2, 7)
@@ -93,6 +96,9 @@ def test_a_model_with_a_class_token_keeps_it_in_front(name: str, start: int | No
     given = {"token_type_ids": longer_types} if name == "bert" else {}
     expected = base(name)(inputs_embeds=embeds, **given).logits
     torch.testing.assert_close(model(tokens, token_type_ids=types if name == "bert" else None).logits, expected)
+    if name == "bert":
+        positions = torch.arange(7).expand(2, -1)
+        torch.testing.assert_close(model(tokens, token_type_ids=types, position_ids=positions).logits, expected)
 
 
 @pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("llama", "right"), ("gpt2", "left"), ("gpt2", "right")])
@@ -170,6 +176,15 @@ def test_a_cache_that_was_filled_step_by_step_answers_the_same(method: Method, m
         mask = {"attention_mask": torch.ones(2, i + 1)} if masked else {}
         rest.append(model(tokens[:, i : i + 1], **cached(cache), **mask))
     torch.testing.assert_close(torch.cat([first.logits, *[r.logits for r in rest]], dim=1), at_once)
+
+
+def test_a_mask_of_scores_grows_by_columns_alone_behind_a_cache() -> None:
+    model, _ = adapted("llama")
+    tokens = ids(2, 6)
+    cache = model(tokens[:, :3], use_cache=True).past_key_values
+    sees = torch.ones(6, 6).tril().bool()[None, None, 3:].expand(2, -1, -1, -1)
+    rest = model(tokens[:, 3:], attention_mask=sees, **cached(cache)).logits
+    torch.testing.assert_close(rest, model(tokens).logits[:, 3:])
 
 
 def test_two_prompts_stand_side_by_side() -> None:

@@ -235,6 +235,31 @@ def tables_of(model: nn.Module, name: str) -> list[Tensor]:
     return [a.prompt() for _, _, a in adapters_of(model, name) if a.prompt is not None]
 
 
+class Stack(nn.Module):
+    """Hands masks on as they are given, where ``nn.TransformerEncoder`` turns them into numbers."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, **masks: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, **masks)
+        return x
+
+
+def test_true_is_closed_in_torch_and_open_elsewhere() -> None:
+    x, open_ = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(5, 5).tril().bool()
+    longer = nn.functional.pad(open_, (P, 0, P, 0), value=True)
+    longer[:P, P:] = open_[:1]
+    for blocks, name in ((list(encoder().layers), "src_mask"), (list(base("vit").blocks), "attn_mask")):
+        model, h = moved(inject(Stack(copy.deepcopy(blocks)), VPT(num_virtual_tokens=P))), x
+        closed = name == "src_mask"
+        for prompt, block in zip(tables(model), blocks, strict=True):
+            h = block(torch.cat([prompt.expand(2, -1, -1), h], dim=1), **{name: longer ^ closed})[:, P:]
+        torch.testing.assert_close(model(x, **{name: open_ ^ closed}), h)
+
+
 def test_nothing_of_the_future_reaches_a_causal_encoder() -> None:
     model = inject(encoder(), VPT(num_virtual_tokens=P))
     x = torch.randn(1, 5, 12, dtype=torch.float64)
@@ -403,3 +428,13 @@ def test_vpt_on_a_vision_transformer_of_transformers() -> None:
         h = h[0] if isinstance(h, tuple) else h
         h = torch.cat([h[:, :3], h[:, 3 + P :]], dim=1)
     torch.testing.assert_close(model(x).last_hidden_state, plain.layernorm(h))
+
+
+def test_tokens_of_the_model_itself_are_counted() -> None:
+    """Attention does not mind where a prompt stands, so outputs do not show it."""
+    import transformers as t
+
+    small = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
+    registers = t.Dinov2WithRegistersConfig(**small, image_size=16, patch_size=8, num_register_tokens=4)
+    models = [base("vit"), base("average"), base("deit"), encoder(), t.Dinov2WithRegistersModel(registers)]
+    assert [stack_targets(model, "VPT", deep=True)[0].start for model in models] == [1, 2, 2, 0, 5]

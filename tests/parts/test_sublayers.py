@@ -362,3 +362,37 @@ def test_a_sequence_beside_blocks_that_are_sequences_is_none() -> None:
     sequence = lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))  # noqa: E731
     model = nn.ModuleDict({"layers": nn.ModuleList([sequence(), sequence()]), "head": sequence()})
     assert [s.exit.name for s in find_sublayers(model, ("feedforward",))] == ["layers.0.2", "layers.1.2"]
+
+
+def test_each_of_a_list_of_attentions_is_one() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            self.attns = nn.ModuleList([nn.Sequential(nn.Linear(4, 12), nn.Linear(4, 4)) for _ in range(2)])
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])})
+    found = find_sublayers(model, ("attention",), blocks="layers")
+    assert [s.exit.name for s in found] == [f"layers.{block}.attns.{i}.1" for block in (0, 1) for i in (0, 1)]
+
+
+def test_keys_of_another_width_do_not_read_the_input() -> None:
+    found = find_sublayers(of_diffusers("UNet2DConditionModel", **UNET), ("attention",))
+    assert [[t.name.split(".")[-1] for t in s.readers] for s in found[:2]] == [["to_q", "to_k", "to_v"], ["to_q"]]
+
+
+def test_a_number_that_does_not_divide_is_no_number_of_heads() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.Sequential(nn.Linear(12, 36), nn.Linear(12, 12))
+            self.attn.num_heads = 5  # type: ignore[assignment]
+            self.attn.n_heads = 3  # type: ignore[assignment]
+
+    model = nn.ModuleList([Block(), Block()])
+    assert [n_heads(model, s.projection) for s in find_sublayers(model, ("attention",))] == [3, 3]
+
+
+def test_named_layers_below_what_is_trained_whole_get_no_adapter() -> None:
+    method = PfeifferAdapter(target_modules="fc2", modules_to_save=r"blocks\.1")
+    assert [t.name for t in method.targets(backbone("vit"))] == ["blocks.0.mlp.fc2"]
