@@ -58,7 +58,7 @@ class AdaptFormer(ParallelAdapter):
     def taps(self, model: nn.Module, sublayer: Sublayer) -> list[Linked]:
         """At the block, at its norm layers, and at the first layer of the network."""
         entry = super().taps(model, sublayer)
-        if not entry or not sublayer.block:
+        if not entry:
             return entry
         around = {sublayer.block: "block", **dict.fromkeys(sublayer.norms, "norm")}
         targets = [(module_target(model, name, sublayer.width), role) for name, role in around.items()]
