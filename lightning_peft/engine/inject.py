@@ -226,7 +226,7 @@ def _connect(model: nn.Module, owner: str, module: nn.Module, adapter: Adapter, 
         slots.let_read(reader, module)
     if _is_to_be_called(adapter):
         for fused in fused_above(model, owner):
-            slots.unfuse(fused)
+            slots.let_call(fused, module)
 
 
 def _check(model: Any, method: Any, name: str) -> Injection | None:

@@ -272,7 +272,7 @@ class Slot:
     _active: tuple[str, ...]  # names of the adapters that act
     _called: tuple[Adapter, ...]  # those of them that act when the module is called
     _dtype: torch.dtype | None  # of the last input, for layers that store no weight
-    _unfused: bool  # its forward must call the modules below, and not hand their weights to a fused operation
+    _calls: list[Any]  # the slots that this forward has to call, where it could hand their weights to a fused operation
     _parameter_names: tuple[str, ...]  # of its forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -301,8 +301,8 @@ class SequentialSlot(Slot):
 def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward that the module had before, with the effective values visible to it that it reads."""
     own = module.__dict__.get("_own_forward") or functools.partial(type(module)._slot_base.forward, module)
-    if module._unfused:
-        own = _unfused(own)
+    if any(owner._called for owner in module._calls):
+        own = functools.partial(_call_layers, module, own)
     if module._live is None and not module._reads:
         return own(*args, **kwargs)
     before = [(owner, owner._live) for owner in (module, *module._reads)]
@@ -318,16 +318,16 @@ def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
             owner._live = live
 
 
-def _unfused(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
-
-    return call
+def _call_layers(module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What an encoder of torch answers when it does not use its fused operation."""
+    # what it looks at before, in a way that torch.compile can follow
+    fits = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else "activation_relu_or_gelu"
+    before = getattr(module, fits)
+    setattr(module, fits, 0)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        setattr(module, fits, before)
 
 
 def _effective_property(parameter: str) -> property:
@@ -386,7 +386,7 @@ def _swap(module: nn.Module, *parameters: str | None) -> None:
     if not is_slot(module):
         names = tuple(inspect.signature(module.forward).parameters)
         module.__dict__.update(_live=None, _reads=[], _active=(), _called=(), _dtype=None)
-        module.__dict__.update(_unfused=False, _parameter_names=names)
+        module.__dict__.update(_calls=[], _parameter_names=names)
         if "forward" in module.__dict__:  # somebody patched this instance: call that, do not lose it
             module.__dict__["_own_forward"] = module.__dict__.pop("forward")
     adapted = known.union(filter(None, parameters))
@@ -424,11 +424,15 @@ def let_read(reader: Any, owner: nn.Module) -> None:
         reader._reads.append(owner)
 
 
-def unfuse(module: nn.Module) -> None:
-    """Let the forward of ``module`` call the modules below it, not hand their weights to a fused operation."""
-    if not is_slot(module):
-        _swap(module)
-    module._unfused = True  # type: ignore[assignment]  # mypy takes every attribute of a module for a child
+def let_call(encoder: Any, owner: nn.Module) -> None:
+    """Let the forward of ``encoder`` call ``owner``, a slot below it, while an adapter acts in its calls.
+
+    Else it could hand the weights of all its layers to a fused operation.
+    """
+    if not is_slot(encoder):
+        _swap(encoder)
+    if owner not in encoder._calls:
+        encoder._calls.append(owner)
 
 
 def vacate(module: nn.Module) -> nn.ModuleDict | None:
@@ -437,7 +441,7 @@ def vacate(module: nn.Module) -> nn.ModuleDict | None:
     module.__class__ = base_class(module)
     if "_own_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_own_forward")
-    for attribute in ("_live", "_reads", "_active", "_called", "_dtype", "_unfused", "_parameter_names"):
+    for attribute in ("_live", "_reads", "_active", "_called", "_dtype", "_calls", "_parameter_names"):
         module.__dict__.pop(attribute, None)
     return adapters  # type: ignore[return-value]
 

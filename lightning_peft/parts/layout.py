@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.engine import AdapterError, Site, TargetError
+from lightning_peft.engine import AdapterError, Site, Target, TargetError
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import _base_modules, sites
 
@@ -62,7 +62,8 @@ def width_of(module: nn.Module, name: str, who: str) -> int:
     Raises:
         TargetError: none of its layers is known.
     """
-    widths = [site.get(layer)[0].shape[0] for _, layer, site in layers_of(module) if site.weight == "weight"]
+    own = [Target(key, layer, site, key) for key, layer, site in layers_of(module) if site.weight == "weight"]
+    widths = [target.d_out for target in own]
     if not widths:
         raise TargetError(
             f"{who}: the width of {name!r}, a {base_class(module).__name__}, cannot be told: it holds no linear layer, "

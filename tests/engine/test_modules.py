@@ -149,6 +149,7 @@ def test_weights_below_a_module_adapter_are_those_of_the_base() -> None:
     torch.testing.assert_close(dora.magnitude.flatten(), model.get_parameter("v_proj.weight").norm(dim=1))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("enable_nested_tensor", [False, True])
 @pytest.mark.parametrize("name", ["layers.1.linear2", "layers.0.self_attn", "layers.1"])
 def test_a_fused_encoder_calls_its_adapted_layers(name: str, enable_nested_tensor: bool) -> None:
@@ -158,6 +159,8 @@ def test_a_fused_encoder_calls_its_adapted_layers(name: str, enable_nested_tenso
     x = torch.randn(2, 4, 6)
     padding = torch.tensor([[False] * 4, [False] * 3 + [True]])
     before = snapshot(model)
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
 
     class First(Offset):
         def forward(self, x: Any, layer: Layer) -> Any:
@@ -174,7 +177,8 @@ def test_a_fused_encoder_calls_its_adapted_layers(name: str, enable_nested_tenso
         fused = model(x, src_key_padding_mask=padding)
     called = model.train()(x, src_key_padding_mask=padding)
     torch.testing.assert_close(fused[~padding], called[~padding])
-    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), disabled(model.eval()):  # and fuses them again
+        assert torch.equal(model(x, src_key_padding_mask=padding), expected)
     assert_unchanged(unload(model.eval()), before)
 
 
@@ -195,4 +199,7 @@ def test_an_adapter_in_calls_alone_acts_under_a_fused_encoder() -> None:
     with torch.no_grad():
         seen = model(x)
     assert not torch.allclose(seen, before)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), seen)
     torch.testing.assert_close(model.train()(x), seen)

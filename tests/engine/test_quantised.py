@@ -101,7 +101,7 @@ def test_codes_are_not_trained_in_place(base: Tiny) -> None:
 @pytest.mark.parametrize("method", [cls.examples()[0] for cls in METHODS.values()], ids=METHODS.keys())
 def test_every_method_calls_the_layer_or_is_refused(kind: Any, method: Method) -> None:
     base = quantised(tiny(method), kind)
-    model, before, x = copy.deepcopy(base), snapshot(base), torch.randn(2, 4, 7)
+    model, before, x = copy.deepcopy(base), snapshot(base), torch.randn(2, 13, 7)
     try:
         inject(model, method)
     except AdapterError as error:

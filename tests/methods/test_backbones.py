@@ -71,7 +71,7 @@ def test_every_trainable_parameter_gets_a_gradient(cls: type[Method], name: str)
         call(name, model).square().mean().backward()
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
         assert frozen == []
-        for seed in range(3, 8):  # a unit that is off at one point (ReLU) is on at another
+        for seed in range(3, 20):  # a unit that is off at one point (ReLU) is on at another
             if all(p.grad is not None and p.grad.any() for p in trainable(model).values()):
                 break
             call(name, moved(model, seed)).square().mean().backward()

@@ -188,6 +188,7 @@ def test_the_count_is_that_of_the_paper() -> None:
         ),
         (ZeroI2V(), "mixer", "has an attention. Name"),
         (ZeroI2V(target_modules="patch_embed.proj"), "vit", "a Conv2d; but ZeroI2V adapts linear"),
+        (ZeroI2V(frames=2, shift_div=2), "swin", r"'layers.0.blocks.0' looks at windows or a map.*\. Set frames=None"),
         (ZeroI2V(frames=2), "gqa", r"which features of .* are keys and values cannot be told\. Set frames=None"),
     ],
 )

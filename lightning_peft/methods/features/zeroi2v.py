@@ -22,6 +22,7 @@ from lightning_peft.adapters.linear_bottleneck import LinearBottleneck, Place
 from lightning_peft.engine import Adapter, Kind, Target, TargetError, register
 from lightning_peft.engine.limits import Count, NonZero, Probability
 from lightning_peft.parts.sublayers import Sublayer, SublayerKind, SublayerMethod, keys_and_values
+from lightning_peft.parts.taps import looks_at_all
 
 
 @register("zeroi2v")
@@ -77,7 +78,14 @@ class ZeroI2V(SublayerMethod):
         """The named layers; or those that read the input of each sub-layer, and the one that makes its output."""
         if self.target_modules:
             return [self._at(target) for target in self.named(model)]
-        return [place for sublayer in self.found(model) for place in self._around(sublayer)]
+        found = self.found(model)
+        apart = [s.block for s in found if s.kind == "attention" and not looks_at_all(model.get_submodule(s.block))]
+        if self.frames and apart:
+            raise TargetError(
+                f"ZeroI2V: the attention of {apart[0]!r} looks at windows or a map, whose batches are not frames. Set "
+                "frames=None, which leaves the shift over frames out, or choose a plain ViT."
+            )
+        return [place for sublayer in found for place in self._around(sublayer)]
 
     def adapters(self, targets: list[Target]) -> list[Adapter]:
         """One for each; those before the layers of one sub-layer share the matrices of the first."""
