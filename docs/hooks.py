@@ -74,9 +74,17 @@ def readme_table() -> str:
 def trained(cls: type[Method]) -> str:
     """What trains by default: base parameters as the method describes them, or numbers per layer by its formula."""
     if "trained_in_place" in vars(cls):
-        return _summary(cls.trained_in_place)
+        beside = f"{_summary(_count(cls))}; in place " if cls.needs_blocks else ""
+        return beside + _summary(cls.trained_in_place)
     head = " and the head" if getattr(cls, "modules_to_save", ()) == "output-head" else ""
-    return f"{_summary(cls.num_trainable)} per layer{head}"
+    where = "" if cls.needs_blocks else " per layer"
+    return f"{_summary(_count(cls))}{where}{head}"
+
+
+def _count(cls: type[Method]) -> Any:
+    """The function that says by a formula how many numbers train."""
+    own = vars(cls)
+    return own.get("num_prompt") or own.get("num_trainable") or own.get("total_trainable") or cls.num_trainable
 
 
 def cost(cls: type[Method]) -> str:
@@ -95,7 +103,7 @@ def method_page(cls: type[Method]) -> str:
     ]
     facts = {
         "Name": f"`{cls.name}`, in the family *{cls.family}*",
-        "Acts on": ", ".join(cls.adapter_types) + " layers" if cls.adapter_types else "parameters of the base itself",
+        "Acts on": _places(cls),
         "Trains": trained(cls),
         "Starts as the base": "yes" if cls.identity_at_init else "no",
         "Merges": "yes" if cls.mergeable else "no",
@@ -123,6 +131,14 @@ def method_page(cls: type[Method]) -> str:
             f"## Checked example\n\n```pycon\n>>> from lightning_peft import {cls.__name__}\n{doctest.strip()}\n```"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _places(cls: type[Method]) -> str:
+    if not cls.adapter_types:
+        return "parameters of the base itself"
+    layers = [kind for kind in cls.adapter_types if kind != "module"]
+    whole = ["whole modules"] if "module" in cls.adapter_types else []
+    return " and ".join(([", ".join(layers) + " layers"] if layers else []) + whole)
 
 
 def _use(cls: type[Method]) -> str:

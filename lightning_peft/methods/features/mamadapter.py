@@ -81,7 +81,7 @@ class MAMAdapter(ParallelAdapter):
         return [*made, *super().adapters(others)]
 
     def num_trainable(self, target: Target) -> int:
-        """Of a prefix, or of a bottleneck."""
+        """2 p d in an attention, 2 d r + r + d beside a feed-forward network."""
         if _is_attention(target):
             return num_prefix(target, self.num_virtual_tokens, self.reparameterize)
         return super().num_trainable(target)
