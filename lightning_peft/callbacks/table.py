@@ -33,7 +33,8 @@ def adapter_table(model: nn.Module, name: str = "default", fused: Mapping[str, i
         base = f"{base_class(module).__name__} {shape}"
         weight = "" if adapter.site.weight in ("weight", "") else f".{adapter.site.weight}"
         size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        groups[collapsed(path + weight), base, type(adapter).__name__].append(size)
+        where = collapsed(f"{path}.")[:-1] if adapter.site.kind == "module" else collapsed(path + weight)
+        groups[where, base, type(adapter).__name__].append(size)
     owners: dict[str, list[str]] = defaultdict(list)
     for parameter in injection.in_place:
         owner, _, leaf = parameter.rpartition(".")
@@ -73,4 +74,4 @@ def show(table: Table) -> None:
 
 def collapsed(name: str) -> str:
     """``name`` with a star for each number, so that like layers look alike."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)

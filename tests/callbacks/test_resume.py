@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_peft import PEFT, LoRA
 from lightning_peft.engine import METHODS, Method
 from tests.callbacks.nets import Lit, StopAfterAnEpoch, loader, trainer
+from tests.methods.backbones import TinyBlocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -37,17 +38,35 @@ class Scheduled(Lit):
         return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 12), "interval": "step"}]
 
 
+class ScheduledBlocks(Scheduled):
+    """The same for methods on blocks: thirteen tokens are made of a sample, and their answers averaged."""
+
+    def _build(self, where: str) -> None:
+        if where == self.hparams["where"]:
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                self.net = TinyBlocks()
+            self.dropout = torch.nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.net(x[:, None] * torch.linspace(0.5, 1.5, 13)[:, None])).mean(1)
+
+
+def module_for(method: Method) -> type[Lit]:
+    return ScheduledBlocks if method.needs_blocks else Scheduled
+
+
 def shuffled() -> DataLoader:
     return DataLoader(loader().dataset, batch_size=8, shuffle=True)
 
 
 def run(
-    folder: Path, method: Method, *callbacks: L.Callback, data: Any = None, cls: type[Lit] = Scheduled, **options: Any
+    folder: Path, method: Method, *callbacks: L.Callback, data: Any = None, cls: type[Lit] | None = None, **options: Any
 ) -> L.LightningModule:
     """Two epochs of six shuffled batches with dropout, two batches a step."""
     torch.manual_seed(0)
     random.seed(0)
-    module = cls()
+    module = (cls or module_for(method))()
     resume = {"ckpt_path": options.pop("ckpt_path")} if "ckpt_path" in options else {}
     defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     peft = PEFT(method, summary=False)
@@ -70,7 +89,7 @@ def every_batch(folder: Path) -> ModelCheckpoint:
 @pytest.mark.parametrize("method", CASES)
 def test_a_run_resumed_in_an_epoch_ends_where_an_uninterrupted_one_ends(method: Method, tmp_path: Path) -> None:
     through = run(tmp_path, method, every_batch(tmp_path))
-    start = Scheduled().state_dict()
+    start = module_for(method)().state_dict()
     assert any(key not in start or not torch.equal(start[key], v) for key, v in through.state_dict().items())
     for k in (2, 4):  # in the first epoch, and in the second
         assert_equal(run(tmp_path, method, ckpt_path=tmp_path / f"step={k}.ckpt"), through)

@@ -32,20 +32,17 @@ class ZeroI2V(SublayerMethod):
 
     Args:
         r: width of the bottlenecks; a quarter of the model's by default.
-        scaling: s; the authors take 0.5 for Kinetics and 1 for Something-Something.
-        dropout: probability of dropping a feature of the bottleneck, in training only; 0 where attention reads its
-            weights itself, as ``nn.MultiheadAttention`` does.
+        scaling: s; 0.5 for Kinetics and 1 for Something-Something in the paper.
+        dropout: probability of dropping a feature of the bottleneck; 0 where attention reads its weights itself.
         frames: images of a clip, which follow one another in the batch; by default images are by themselves.
-        shift_div: the share of channels that look back, and of those that look ahead, is one over this: one head each
-            if it is the number of heads.
+        shift_div: one over the share of channels that look back, and of those that look ahead.
         target_modules: patterns of linear layers whose output alone gets a linear map, in any model; by default the
             sub-layers of all blocks are found.
         blocks: see `SublayerMethod`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range; or, in a forward, a batch is no whole number of clips.
-        TargetError: there are no blocks, or none with such sub-layers; keys and values cannot be told; or a pattern
-            matches nothing.
+        TargetError: no such sub-layers are found, or their keys and values cannot be told; a pattern matches nothing.
 
     >>> from torch import ones, tensor
     >>> from lightning_peft import inject
@@ -79,11 +76,11 @@ class ZeroI2V(SublayerMethod):
         if self.target_modules:
             return [self._at(target) for target in self.named(model)]
         found = self.found(model)
-        apart = [s.block for s in found if s.kind == "attention" and not looks_at_all(model.get_submodule(s.block))]
+        attentions = [s.block for s in found if s.kind == "attention"]
+        apart = [block for block in attentions if not looks_at_all(model.get_submodule(block))]
         if self.frames and apart:
             raise TargetError(
-                f"ZeroI2V: the attention of {apart[0]!r} looks at windows or a map, whose batches are not frames. Set "
-                "frames=None, which leaves the shift over frames out, or choose a plain ViT."
+                f"ZeroI2V: {apart[0]!r} looks at windows or a map, whose batches are not frames. Set frames=None."
             )
         return [place for sublayer in found for place in self._around(sublayer)]
 
