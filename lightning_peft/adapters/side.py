@@ -208,7 +208,7 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in own) or any(p.requires_grad for each in children for p in each)
 
 
-def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
+def visible(layer: Layer, h: Tensor, causal: bool, who: str) -> Tensor | None:
     """Which tokens see which, (B, 1, N, N) or (1, 1, N, N); None if all see all.
 
     Taken from the masks that the block was called with. A token sees itself in any case.
@@ -228,8 +228,8 @@ def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
             allowed = mask.logical_not() if of_torch else mask.bool()
         if allowed.shape[-1] != n:
             raise AdapterError(
-                f"{name!r} is a mask for {allowed.shape[-1]} tokens, and there are {n}. A side network has no cache of "
-                "earlier tokens: generate with use_cache=False."
+                f"{who}: {name!r} is a mask for {allowed.shape[-1]} tokens, and there are {n}. A side network has no "
+                "cache of earlier tokens: generate with use_cache=False."
             )
         if allowed.dim() == 2:
             allowed = allowed[None, None] if of_torch and not of_keys else allowed[:, None, None]
