@@ -211,7 +211,7 @@ def _trains(module: nn.Module) -> bool:
 def visible(layer: Layer, h: Tensor, causal: bool, who: str) -> Tensor | None:
     """Which tokens see which, (B, 1, N, N) or (1, 1, N, N); None if all see all.
 
-    Taken from the masks that the block was called with. A token sees itself in any case.
+    Taken from the masks that the block was called with; of several heads, what all see. A token sees itself always.
 
     Raises:
         AdapterError: the mask is for another number of tokens.
@@ -234,12 +234,12 @@ def visible(layer: Layer, h: Tensor, causal: bool, who: str) -> Tensor | None:
         if allowed.dim() == 2:
             allowed = allowed[None, None] if of_torch and not of_keys else allowed[:, None, None]
         elif allowed.dim() == 3:  # with one for each sample, or for each sample and head
-            allowed = allowed.unflatten(0, (len(h), -1)).all(1, keepdim=True)
+            allowed = allowed.unflatten(0, (len(h), -1))
         seen = allowed if seen is None else seen & allowed
     if causal or layer.arguments().get("is_causal") is True:
         past = torch.ones(1, 1, n, n, dtype=torch.bool, device=h.device).tril()
         seen = past if seen is None else seen & past
-    return None if seen is None else seen[:, :1] | torch.eye(n, dtype=torch.bool, device=h.device)
+    return None if seen is None else seen.all(1, keepdim=True) | torch.eye(n, dtype=torch.bool, device=h.device)
 
 
 def alike(h: Tensor, y: Tensor, adapter: Exit) -> Tensor:

@@ -122,9 +122,13 @@ def _entry(model: nn.Module, entry: str | None, names: Sequence[str], who: str) 
     if entry is not None:
         return select_modules(model, entry, who)[0]
     aside = _towers_beside(model, names)
-    layers = [t.owner for t in candidates(model) if t.site.kind in ("linear", "conv", "embedding")]
-    first = next(name for name in layers if not any(is_below(name, tower) for tower in aside))
-    return next((name for name in names if is_below(first, name)), first)
+    layers = [t for t in candidates(model) if t.site.kind in ("linear", "conv", "embedding")]
+    layers = [t for t in layers if not any(is_below(t.owner, tower) for tower in aside)]
+    first = layers[0]
+    if isinstance(first.module, nn.Embedding):  # an encoder-decoder may hold one that its towers call copies of
+        weight = first.module.weight
+        first = [t for t in layers if isinstance(t.module, nn.Embedding) and t.module.weight is weight][-1]
+    return next((name for name in names if is_below(first.owner, name)), first.owner)
 
 
 def _towers_beside(model: nn.Module, names: Sequence[str]) -> set[str]:

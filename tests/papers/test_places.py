@@ -241,7 +241,70 @@ def test_one_of_two_towers_is_named(method: str, tower: str) -> None:
     check_all_of_it_trains(model, y)
 
 
-def test_a_side_network_reads_what_its_own_tower_is_given() -> None:
-    given = {tower: inject(built("clip"), SideTuning(taps=(f"{tower}.1",), modules_to_save=())) for tower in TOWERS}
-    first = [adapters_of(model)[0][0] for model in given.values()]
-    assert first == ["text_model.embeddings.token_embedding", "vision_model.embeddings.patch_embedding"]
+ENCODER_DECODER: dict[str, Any] = {
+    "vocab_size": 31,
+    "d_model": 12,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+BART = {**ENCODER_DECODER, "max_position_embeddings": 8}
+WHISPER = {**ENCODER_DECODER, "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 8}
+T5 = {"vocab_size": 31, "d_model": 12, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 3}
+PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
+    "clip": (_clip, both),
+    "bart": (
+        _hf("BartForConditionalGeneration", "BartConfig", **BART),
+        lambda model: model(input_ids=IDS, decoder_input_ids=IDS[:, :3], use_cache=False).logits,
+    ),
+    "t5": (
+        _hf("T5ForConditionalGeneration", "T5Config", **T5, decoder_start_token_id=0),
+        lambda model: model(input_ids=IDS, decoder_input_ids=IDS[:, :3], use_cache=False).logits,
+    ),
+    "whisper": (
+        _hf("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
+        lambda model: model(input_features=_noise(2, 4, 16), decoder_input_ids=IDS[:, :3], use_cache=False).logits,
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [METHODS["side"][0], METHODS["levi"][0]], ids=["side", "levi"])
+@pytest.mark.parametrize(
+    ("name", "tap", "entry"),
+    [
+        ("clip", "text_model.encoder.layers.1", "text_model.embeddings.token_embedding"),
+        ("clip", "vision_model.encoder.layers.1", "vision_model.embeddings.patch_embedding"),
+        ("bart", "model.encoder.layers.1", "model.encoder.embed_tokens"),
+        ("bart", "model.decoder.layers.1", "model.decoder.embed_tokens"),
+        ("t5", "encoder.block.1", "encoder.embed_tokens"),
+        ("t5", "decoder.block.1", "decoder.embed_tokens"),
+        ("whisper", "model.encoder.layers.1", "model.encoder.conv1"),
+        ("whisper", "model.decoder.layers.1", "model.decoder.embed_tokens"),
+    ],
+)
+def test_a_side_network_reads_what_its_own_tower_is_given(make: Any, name: str, tap: str, entry: str) -> None:
+    build, call = PAIRS[name]
+    torch.manual_seed(1)
+    model = inject(build().eval(), make(taps=(tap,)))
+    first = adapters_of(model)[0][0]
+    assert model.get_submodule(first) is model.get_submodule(entry)
+    check_all_of_it_trains(model, call(moved(model)))
+
+
+@pytest.mark.parametrize("tap", ["stages.1.1", "stages.1", "stages.1.1.0"])
+def test_stages_are_no_towers(tap: str) -> None:
+    """The first of several stages is where the model begins, whichever of its modules is tapped."""
+
+    def stage() -> nn.Module:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(12, 12)) for _ in range(2)))
+
+    model = nn.ModuleDict({"stages": nn.Sequential(stage(), stage()), "head": nn.Linear(12, 3)})
+    inject(model, SideTuning(taps=(tap,), modules_to_save=()))
+    assert adapters_of(model)[0][0] == "stages.0.0.0"

@@ -325,6 +325,11 @@ BY_HEAD = torch.stack([NOT_YET, NOT_YET & ~torch.eye(3, dtype=torch.bool), NOT_Y
             lambda b, i, j: not NOT_YET[i, j] | HIDDEN[b, j],
         ),
         ({"src_mask": BY_HEAD}, False, lambda b, i, j: not BY_HEAD[2 * b, i, j] | BY_HEAD[2 * b + 1, i, j]),
+        (
+            {"attention_mask": ~BY_HEAD.unflatten(0, (2, 2))},
+            False,
+            lambda b, i, j: not BY_HEAD[2 * b, i, j] | BY_HEAD[2 * b + 1, i, j],
+        ),
         ({"attention_mask": ~HIDDEN}, False, lambda b, i, j: not HIDDEN[b, j]),
         ({"attention_mask": (~HIDDEN).long()}, True, lambda b, i, j: not HIDDEN[b, j] and j <= i),
         ({"attn_mask": ~HIDDEN[:, None, None]}, False, lambda b, i, j: not HIDDEN[b, j]),
