@@ -130,6 +130,19 @@ def test_a_ladder_climbs_from_gate_to_gate(residual: bool) -> None:
     torch.testing.assert_close(model(x), answer(model, hidden[-1] + up if residual else up))
 
 
+@torch.no_grad()
+def test_a_side_block_of_maps_mixes_by_a_depthwise_convolution() -> None:
+    model = moved(inject(backbone("convnext"), LadderSideTuning(r=2, mlp_ratio=2)))
+    block, s = adapters_of(model)[-1][2].blocks[1], torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    h = F.pad(ln(s, block.norm1), (0, 0, 1, 1, 1, 1))
+    weight, expected = block.mix.weight[:, 0], s + block.mix.bias  # (d, rows, columns)
+    for row in range(3):
+        for column in range(3):
+            expected = expected + h[:, row : row + 3, column : column + 5] * weight[:, row, column]
+    expected = expected + lin(lin(ln(expected, block.norm2), block.fc1).clamp(min=0), block.fc2)
+    torch.testing.assert_close(block(s, None), expected)
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_unipt_weighs_what_its_anchor_finds(residual: bool) -> None:
     model, side, x, hidden = adapted(UniPT(r=3, residual=residual))
