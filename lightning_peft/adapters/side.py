@@ -160,10 +160,10 @@ class Exit(Quiet):
         answer = self.tapped(x, layer)
         raw = features_of(answer)
         # an activation checkpoint runs this block again, and not those whose answers have no graph
-        before = None if torch.compiler.is_compiling() else stash.before.get(id(x))
+        before = None if torch.compiler.is_compiling() or self.enters else stash.before.get(id(x))
         taps, given, extra = stash.taps, stash.entered, stash.extra
-        if before is not None:
-            taps, given, extra = before.taps | taps, given or before.entered, before.extra | extra
+        if before is not None:  # what is in the stash may be of another forward
+            taps, given, extra = taps | before.taps, before.entered, extra | before.extra
         absent = [name for index, name in self.names.items() if index not in taps]
         missing = dict.fromkeys([*([self.entry_name] if given is None else []), *absent])
         if missing:

@@ -216,6 +216,45 @@ def test_activation_checkpoints_find_what_the_forward_had(name: str) -> None:
             torch.testing.assert_close(q.grad, p.grad, msg=path)
 
 
+@by_text_method
+def test_activation_checkpoints_keep_two_forwards_apart_beside_lora(name: str) -> None:
+    """Here all blocks run again, and leave what they answer behind when the other forward's turn comes."""
+    method = type(METHODS[name])(**{**vars(METHODS[name]), "modules_to_save": ()})
+    models = [TinyBlocks(), TinyBlocks()]
+    models[1].checkpointed = True
+    one, two = torch.randn(2, 13, 7), torch.randn(2, 13, 7)
+    for model in models:
+        inject(model, LoRA(r=2, target_modules="qkv"), name="lora")
+        moved(inject(model, method, name="side"))
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        (model(one).square().mean() + model(two).sin().mean()).backward()
+    for (path, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if p.requires_grad and p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, msg=path)
+
+
+def test_what_a_failed_forward_has_left_is_not_used() -> None:
+    class Skipping(TinyBlocks):
+        skips = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](self.embed(x))
+            if self.skips:
+                return self.blocks[2](x)
+            self.blocks[1](x)
+            raise RuntimeError("on the way")
+
+    model = Skipping()
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    inject(model, LadderSideTuning(r=2))
+    with pytest.raises(RuntimeError, match="on the way"):
+        model(torch.randn(2, 5, 7))
+    model.skips = True
+    with pytest.raises(AdapterError, match=r"'blocks.1' was not called before 'blocks.2'"):
+        model(torch.randn(2, 5, 7))
+
+
 def test_checkpoints_that_lose_what_the_forward_had_are_refused() -> None:
     class Reentrant(Checkpointed):
         reentrant = True
@@ -306,7 +345,7 @@ def test_masks_of_an_encoder_of_torch_hold(name: str, masked: str) -> None:
 
 HIDDEN = torch.tensor([[False, False, True], [True, False, False]])  # by sample and token
 NOT_YET = torch.tensor([[False, True, True], [False, False, True], [True, True, True]])  # by token, and what it sees
-BY_HEAD = torch.stack([NOT_YET, NOT_YET & ~torch.eye(3, dtype=torch.bool), NOT_YET.T, NOT_YET.T])  # two for a sample
+BY_HEAD = torch.stack([NOT_YET, NOT_YET.T, torch.zeros_like(NOT_YET), NOT_YET])  # two heads for each sample
 
 
 @pytest.mark.parametrize(

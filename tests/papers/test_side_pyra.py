@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import PYRA, LoRA, inject
 from lightning_peft.engine import AdapterError, TargetError, adapters_of
-from tests.methods.backbones import TinyBlocks, backbone, call, moved
+from tests.methods.backbones import TinyBlock, TinyBlocks, backbone, call, moved
 
 TOLD: dict[str, Any] = {"num_patches": 13, "num_prefix_tokens": 1, "num_heads": 3}
 
@@ -45,21 +45,23 @@ def block_by_hand(
 def test_tokens_are_modulated_merged_and_given_back(prefix: int) -> None:
     torch.manual_seed(0)
     model, x = TinyBlocks().double(), torch.randn(2, 13, 7, dtype=torch.float64)
+    model.blocks.append(TinyBlock().double())
     n = 13 + prefix
     model.cls_token = nn.Parameter(torch.randn(1, prefix, 12, dtype=torch.float64))
-    moved(inject(model, PYRA(r=(4, 3), **{**TOLD, "num_prefix_tokens": prefix})))
+    moved(inject(model, PYRA(r=(4, 3, 2), **{**TOLD, "num_prefix_tokens": prefix})))
     merges = [a for _, _, a in adapters_of(model) if hasattr(a, "weight_r")]
     base: Any = TinyBlocks().double()
+    base.blocks.append(TinyBlock().double())
     base.cls_token = nn.Parameter(torch.empty_like(model.cls_token))
     base.load_state_dict({k: v for k, v in model.state_dict().items() if "adapters" not in k})
     rows = []
     for sample in x:
         h = torch.cat([base.cls_token[0], base.embed(sample)])
         size, held = torch.ones(n, dtype=torch.float64), [[i] for i in range(n)]
-        for block, merge, r in zip(base.blocks, merges, (4, 3), strict=True):
+        for block, merge, r in zip(base.blocks, merges, (4, 3, 2), strict=True):
             h, size, groups = block_by_hand(block, merge, h, size, r, prefix)
             held = [[first for i in group for first in held[i]] for group in groups]
-        assert h.shape == (n - 4 - 3, 12)
+        assert h.shape == (n - 4 - 3 - 2, 12)
         assert sorted(sum(held, [])) == list(range(n))
         assert all([i] in held for i in range(prefix))  # class tokens stay by themselves
         rows.append(torch.stack([next(t for t, group in zip(h, held, strict=True) if i in group) for i in range(n)]))
