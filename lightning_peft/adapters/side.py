@@ -160,10 +160,10 @@ class Exit(Quiet):
         answer = self.tapped(x, layer)
         raw = features_of(answer)
         # an activation checkpoint runs this block again, and not those whose answers have no graph
-        before = None if torch.compiler.is_compiling() else stash.before.get(id(x))
+        before = None if torch.compiler.is_compiling() or self.enters else stash.before.get(id(x))
         taps, given, extra = stash.taps, stash.entered, stash.extra
-        if before is not None:
-            taps, given, extra = before.taps | taps, given or before.entered, before.extra | extra
+        if before is not None:  # what is in the stash may be of another forward
+            taps, given, extra = taps | before.taps, before.entered, extra | before.extra
         absent = [name for index, name in self.names.items() if index not in taps]
         missing = dict.fromkeys([*([self.entry_name] if given is None else []), *absent])
         if missing:
@@ -208,10 +208,10 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in own) or any(p.requires_grad for each in children for p in each)
 
 
-def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
+def visible(layer: Layer, h: Tensor, causal: bool, who: str) -> Tensor | None:
     """Which tokens see which, (B, 1, N, N) or (1, 1, N, N); None if all see all.
 
-    Taken from the masks that the block was called with. A token sees itself in any case.
+    Taken from the masks that the block was called with; of several heads, what all see. A token sees itself always.
 
     Raises:
         AdapterError: the mask is for another number of tokens.
@@ -228,18 +228,18 @@ def visible(layer: Layer, h: Tensor, causal: bool) -> Tensor | None:
             allowed = mask.logical_not() if of_torch else mask.bool()
         if allowed.shape[-1] != n:
             raise AdapterError(
-                f"{name!r} is a mask for {allowed.shape[-1]} tokens, and there are {n}. A side network has no cache of "
-                "earlier tokens: generate with use_cache=False."
+                f"{who}: {name!r} is a mask for {allowed.shape[-1]} tokens, and there are {n}. A side network has no "
+                "cache of earlier tokens: generate with use_cache=False."
             )
         if allowed.dim() == 2:
             allowed = allowed[None, None] if of_torch and not of_keys else allowed[:, None, None]
         elif allowed.dim() == 3:  # with one for each sample, or for each sample and head
-            allowed = allowed.unflatten(0, (len(h), -1)).all(1, keepdim=True)
+            allowed = allowed.unflatten(0, (len(h), -1))
         seen = allowed if seen is None else seen & allowed
     if causal or layer.arguments().get("is_causal") is True:
         past = torch.ones(1, 1, n, n, dtype=torch.bool, device=h.device).tril()
         seen = past if seen is None else seen & past
-    return None if seen is None else seen[:, :1] | torch.eye(n, dtype=torch.bool, device=h.device)
+    return None if seen is None else seen.all(1, keepdim=True) | torch.eye(n, dtype=torch.bool, device=h.device)
 
 
 def alike(h: Tensor, y: Tensor, adapter: Exit) -> Tensor:

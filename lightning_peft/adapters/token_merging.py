@@ -174,6 +174,11 @@ class Merge(Adapter):
         now = torch.empty(len(x), self.tokens, dtype=torch.long, device=x.device)
         now[:, 1::2] = n + torch.arange(sizes.shape[1], device=x.device)
         now = now.scatter(1, 2 * stay, torch.arange(n, device=x.device).expand_as(stay)).scatter(1, 2 * merged, n + to)
+        if self.prefix > 1:  # those before the patches go to the front again, where the next block looks for them
+            front = [i // 2 + i % 2 * n for i in range(self.prefix)]
+            rest = [i for i in range(x.shape[1]) if i not in front]
+            order = torch.tensor(front + rest, device=x.device)
+            x, size, now = x[:, order], size[:, order], order.argsort()[now]
         return x, size, now.gather(1, origin)
 
     def modulated(self, source: Tensor, partner: Tensor) -> Tensor:

@@ -36,24 +36,25 @@ class Tap(Target):
     count: int = 0
 
 
-def blocks_to_tap(model: nn.Module, taps: str | Sequence[str] | None, who: str) -> list[str]:
+def blocks_to_tap(model: nn.Module, taps: str | Sequence[str] | None, who: str, argument: str = "taps") -> list[str]:
     """Names of the blocks, in the order in which they are called.
 
     Args:
         model: where to look.
         taps: as ``blocks`` in `find_blocks`.
         who: how errors name the caller.
+        argument: and what they call ``taps``.
 
     Raises:
         TargetError: there are no blocks, or blocks of several kinds, of which it cannot be told who is called when.
     """
     names = list(dict.fromkeys(find_blocks(model, taps, who)))
     lists = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    if taps is None and len({"".join(c for c in path if not c.isdigit()) for path in lists}) > 1:
+    if taps is None and len({_kind(name) for name in names}) > 1:
         raise TargetError(
             f"{who}: {base_class(model).__name__} holds several kinds of blocks, {', '.join(map(repr, lists[:4]))}, "
-            "and it cannot be told which are called last. Name those to tap, in the order of their calls: "
-            f"taps={lists[-1]!r}, say."
+            "and it cannot be told which are called last. Name those to take, in the order of their calls: "
+            f"{argument}={lists[-1]!r}, say."
         )
     return names
 
@@ -114,11 +115,41 @@ def axes_of(entry: Tap) -> int:
 
 
 def _entry(model: nn.Module, entry: str | None, names: Sequence[str], who: str) -> str:
-    """Name of the first layer of the model; of its first block, if nothing comes before it."""
+    """Name of the first layer of the model; of its first block, if nothing comes before it.
+
+    Of the layers of a model of several towers, those count that lie in no tower beside the one that is tapped.
+    """
     if entry is not None:
         return select_modules(model, entry, who)[0]
-    first = next(t.owner for t in candidates(model) if t.site.kind in ("linear", "conv", "embedding"))
-    return next((name for name in names if is_below(first, name)), first)
+    aside = _towers_beside(model, names)
+    layers = [t for t in candidates(model) if t.site.kind in ("linear", "conv", "embedding")]
+    layers = [t for t in layers if not any(is_below(t.owner, tower) for tower in aside)]
+    first = layers[0]
+    if isinstance(first.module, nn.Embedding):  # an encoder-decoder may hold one that its towers call copies of
+        weight = first.module.weight
+        first = [t for t in layers if isinstance(t.module, nn.Embedding) and t.module.weight is weight][-1]
+    return next((name for name in names if is_below(first.owner, name)), first.owner)
+
+
+def _towers_beside(model: nn.Module, names: Sequence[str]) -> set[str]:
+    """The outermost modules that hold blocks of another kind than those in ``names``, and none of ``names``."""
+    try:
+        blocks = find_blocks(model)
+    except TargetError:
+        return set()
+    tapped = {_kind(b) for b in blocks if any(is_below(b, name) or is_below(name, b) for name in names)}
+    beside = set()
+    for block in blocks:
+        if _kind(block) not in tapped:
+            path = block.split(".")
+            outer = (".".join(path[:depth]) for depth in range(1, len(path) + 1))
+            beside.add(next(o for o in outer if not any(is_below(name, o) for name in names)))
+    return beside
+
+
+def _kind(block: str) -> str:
+    """Where blocks of the kind of ``block`` are held, in whatever stage."""
+    return "".join(c for c in block.rpartition(".")[0] if not c.isdigit())
 
 
 def _check_batch_first(module: nn.Module, name: str, who: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from lightning_peft import (
     inject,
     unload,
 )
+from lightning_peft.adapters.side import visible
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of
 from tests.methods.backbones import TinyBlocks, backbone, moved, tiny
 
@@ -214,6 +216,45 @@ def test_activation_checkpoints_find_what_the_forward_had(name: str) -> None:
             torch.testing.assert_close(q.grad, p.grad, msg=path)
 
 
+@by_text_method
+def test_activation_checkpoints_keep_two_forwards_apart_beside_lora(name: str) -> None:
+    """Here all blocks run again, and leave what they answer behind when the other forward's turn comes."""
+    method = type(METHODS[name])(**{**vars(METHODS[name]), "modules_to_save": ()})
+    models = [TinyBlocks(), TinyBlocks()]
+    models[1].checkpointed = True
+    one, two = torch.randn(2, 13, 7), torch.randn(2, 13, 7)
+    for model in models:
+        inject(model, LoRA(r=2, target_modules="qkv"), name="lora")
+        moved(inject(model, method, name="side"))
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        (model(one).square().mean() + model(two).sin().mean()).backward()
+    for (path, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if p.requires_grad and p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, msg=path)
+
+
+def test_what_a_failed_forward_has_left_is_not_used() -> None:
+    class Skipping(TinyBlocks):
+        skips = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](self.embed(x))
+            if self.skips:
+                return self.blocks[2](x)
+            self.blocks[1](x)
+            raise RuntimeError("on the way")
+
+    model = Skipping()
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    inject(model, LadderSideTuning(r=2))
+    with pytest.raises(RuntimeError, match="on the way"):
+        model(torch.randn(2, 5, 7))
+    model.skips = True
+    with pytest.raises(AdapterError, match=r"'blocks.1' was not called before 'blocks.2'"):
+        model(torch.randn(2, 5, 7))
+
+
 def test_checkpoints_that_lose_what_the_forward_had_are_refused() -> None:
     class Reentrant(Checkpointed):
         reentrant = True
@@ -269,6 +310,7 @@ def test_padding_on_the_left_is_not_seen(name: str) -> None:
     other = torch.tensor([[9, 4, 7, 11, 13, 17]])
     y, z = (last_logits(model, each, attention_mask=mask) for each in (ids, other))
     torch.testing.assert_close(z[:, 2:], y[:, 2:])
+    assert y.isfinite().all()  # where a token saw not even itself, gradients would be no numbers
 
 
 @by_text_method
@@ -299,6 +341,89 @@ def test_masks_of_an_encoder_of_torch_hold(name: str, masked: str) -> None:
     y, z = (model(each, **{masked: given}) for each in (x, other))
     torch.testing.assert_close(z[:, :3], y[:, :3])
     assert not torch.allclose(model(other)[:, :3], model(x)[:, :3])
+
+
+HIDDEN = torch.tensor([[False, False, True], [True, False, False]])  # by sample and token
+NOT_YET = torch.tensor([[False, True, True], [False, False, True], [True, True, True]])  # by token, and what it sees
+BY_HEAD = torch.stack([NOT_YET, NOT_YET.T, torch.zeros_like(NOT_YET), NOT_YET])  # two heads for each sample
+
+
+@pytest.mark.parametrize(
+    ("arguments", "causal", "sees"),
+    [
+        ({}, False, lambda b, i, j: True),
+        ({}, True, lambda b, i, j: j <= i),
+        ({"is_causal": True}, False, lambda b, i, j: j <= i),
+        ({"is_causal": False, "mask": None}, False, lambda b, i, j: True),
+        ({"src_key_padding_mask": HIDDEN}, False, lambda b, i, j: not HIDDEN[b, j]),
+        ({"key_padding_mask": HIDDEN}, True, lambda b, i, j: not HIDDEN[b, j] and j <= i),
+        ({"src_mask": NOT_YET}, False, lambda b, i, j: not NOT_YET[i, j]),
+        (
+            {"tgt_mask": NOT_YET, "tgt_key_padding_mask": HIDDEN},
+            False,
+            lambda b, i, j: not NOT_YET[i, j] | HIDDEN[b, j],
+        ),
+        ({"src_mask": BY_HEAD}, False, lambda b, i, j: not BY_HEAD[2 * b, i, j] | BY_HEAD[2 * b + 1, i, j]),
+        (
+            {"attention_mask": ~BY_HEAD.unflatten(0, (2, 2))},
+            False,
+            lambda b, i, j: not BY_HEAD[2 * b, i, j] | BY_HEAD[2 * b + 1, i, j],
+        ),
+        ({"attention_mask": ~HIDDEN}, False, lambda b, i, j: not HIDDEN[b, j]),
+        ({"attention_mask": (~HIDDEN).long()}, True, lambda b, i, j: not HIDDEN[b, j] and j <= i),
+        ({"attn_mask": ~HIDDEN[:, None, None]}, False, lambda b, i, j: not HIDDEN[b, j]),
+        ({"attention_mask": ~NOT_YET[None, None]}, False, lambda b, i, j: not NOT_YET[i, j]),
+        ({"src_mask": torch.zeros(3, 3).masked_fill(NOT_YET, -torch.inf)}, False, lambda b, i, j: not NOT_YET[i, j]),
+        (
+            {"attention_mask": torch.finfo(torch.float32).min * NOT_YET[None, None]},
+            False,
+            lambda b, i, j: not NOT_YET[i, j],
+        ),
+        (
+            {"attention_mask": -2.0 * NOT_YET[None, None]},
+            False,
+            lambda b, i, j: True,
+        ),  # a bias, by which none is hidden
+        ({"encoder_attention_mask": torch.zeros(2, 7), "memory_mask": torch.zeros(3, 7)}, False, lambda b, i, j: True),
+    ],
+)
+def test_a_token_sees_itself_and_what_the_masks_of_its_block_show(arguments: Any, causal: bool, sees: Any) -> None:
+    class Called:
+        def arguments(self) -> Any:
+            return arguments
+
+    seen: Any = visible(Called(), torch.zeros(2, 3, 4), causal, "Test")  # type: ignore[arg-type]
+    if seen is None:
+        seen = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    assert seen.shape[1:] == (1, 3, 3)
+    for b, i, j in itertools.product(range(2), range(3), range(3)):
+        assert bool(seen.expand(2, -1, -1, -1)[b, 0, i, j]) == (i == j or bool(sees(b, i, j))), (b, i, j)
+
+
+def test_a_mask_for_more_tokens_than_there_are_is_refused() -> None:
+    class Cached(TinyBlocks):
+        """As if one token were kept from an earlier call."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x, attention_mask=torch.ones(len(x), x.shape[1] + 1))
+            return x
+
+    class Masked(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.block(x)
+
+    model = Cached()
+    model.blocks = nn.ModuleList(Masked(block) for block in model.blocks)
+    inject(model, LadderSideTuning(r=2))
+    message = r"LadderSideTuning: 'attention_mask' is a mask for 6 tokens, and there are 5. A side.*use_cache=False"
+    with pytest.raises(AdapterError, match=message):
+        model(torch.randn(2, 5, 7))
 
 
 def test_a_user_says_that_a_model_is_causal() -> None:

@@ -1,5 +1,6 @@
 """Side networks against their formulas, written out with numbers of their own in float64."""
 
+import copy
 import math
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import LEVI, HierarchicalSideTuning, LadderSideTuning, SideTuning, UniPT, inject
-from lightning_peft.engine import Method, adapters_of
-from tests.methods.backbones import BACKBONES, TinyBlocks, backbone, call, moved
+from lightning_peft.engine import AdapterError, Method, adapters_of
+from tests.methods.backbones import BACKBONES, TinyBlock, TinyBlocks, backbone, call, moved
 
 
 def adapted(method: Method) -> tuple[nn.Module, Any, Tensor, list[Tensor]]:
@@ -62,6 +63,31 @@ def test_sidetuning_blends(merge: Any) -> None:
     torch.testing.assert_close(model(x), answer(model, expected))
 
 
+def test_tokens_in_front_of_a_causal_model_get_zeros() -> None:
+    """Their mean would show them what follows."""
+    model, exit_, x, (*_, h) = adapted(SideTuning(width=5, depth=2, causal=True))
+    s = token_net(exit_.net, x)
+    s[:, 0] = 0
+    a = exit_.alpha.sigmoid()
+    torch.testing.assert_close(model(x), answer(model, a * h + (1 - a) * s))
+    model, views, x, (_, *hidden) = adapted(LEVI(width=5, depth=2, causal=True))
+    g = token_net(views.net, x)
+    g[:, 0] = 0
+    each = zip(hidden, views.down, views.up, strict=True)
+    y = sum(lin(lin(torch.cat([h, g], dim=-1), down).clamp(min=0), up) for h, down, up in each) / 2
+    torch.testing.assert_close(model(x), answer(model, y))
+
+
+@pytest.mark.parametrize("method", [LadderSideTuning, UniPT])
+def test_what_replaces_the_answer_does_not_start_at_zero(method: Any) -> None:
+    for residual in (True, False):
+        model, x = TinyBlocks(), torch.randn(2, 13, 7)
+        base = model(x)
+        inject(model, method(r=2, residual=residual))
+        assert bool(adapters_of(model)[-1][2].up.weight.any()) == (not residual)
+        assert torch.equal(model(x), base) == residual
+
+
 def test_sidetuning_of_images_is_a_net_of_convolutions() -> None:
     model = backbone("vit")
     held: list[Tensor] = []
@@ -102,6 +128,19 @@ def test_a_ladder_climbs_from_gate_to_gate(residual: bool) -> None:
         s = s + lin(lin(ln(s, block.norm2), block.fc1).clamp(min=0), block.fc2)
     up = lin(ln(s, ladder.norm), ladder.up)
     torch.testing.assert_close(model(x), answer(model, hidden[-1] + up if residual else up))
+
+
+@torch.no_grad()
+def test_a_side_block_of_maps_mixes_by_a_depthwise_convolution() -> None:
+    model = moved(inject(backbone("convnext"), LadderSideTuning(r=2, mlp_ratio=2)))
+    block, s = adapters_of(model)[-1][2].blocks[1], torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    h = F.pad(ln(s, block.norm1), (0, 0, 1, 1, 1, 1))
+    weight, expected = block.mix.weight[:, 0], s + block.mix.bias  # (d, rows, columns)
+    for row in range(3):
+        for column in range(3):
+            expected = expected + h[:, row : row + 3, column : column + 5] * weight[:, row, column]
+    expected = expected + lin(lin(ln(expected, block.norm2), block.fc1).clamp(min=0), block.fc2)
+    torch.testing.assert_close(block(s, None), expected)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -201,6 +240,81 @@ def test_hierarchical_side_tuning_steps_through_its_stages() -> None:
         m = ln(m, stage.norm)
     up = F.interpolate(lin(m, second.up).transpose(1, 2), 13, mode="linear").transpose(1, 2)
     torch.testing.assert_close(model(x), answer(model, torch.cat([up.mean(1, keepdim=True), up], dim=1)))
+
+
+@pytest.mark.parametrize("front", [0, 2])
+def test_the_first_token_or_the_maximum_stands_for_the_meta_token(front: int) -> None:
+    class Three(TinyBlocks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks.append(copy.deepcopy(self.blocks[0]))
+            self.cls_token = nn.Parameter(torch.randn(1, front, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed(x)], dim=1)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    torch.manual_seed(0)
+    model, x = Three().double(), torch.randn(2, 12, 7, dtype=torch.float64)
+    hidden: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda m, a, y: hidden.append(y)) for block in model.blocks]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    moved(inject(model, HierarchicalSideTuning(dims=(6,), num_heads=(2,), detach_taps=True, modules_to_save=())))
+    stage: Any = adapters_of(model)[-1][2]
+    given: list[Any] = []
+    for block in stage.blocks:
+        block.register_forward_hook(lambda m, a, y: given.append(a))
+    model(x)
+    assert len(given) == 3
+    for h, norm, (_, tokens, v) in zip(hidden, stage.meta_norms, given, strict=True):
+        expected = lin(h[:, front:].unflatten(1, (3, 4)).mean(2), stage.bridge)
+        torch.testing.assert_close(v, expected)
+        token = lin(h[:, 0], stage.bridge) if front else expected.amax(1)
+        torch.testing.assert_close(tokens, torch.stack([ln(token, norm), expected.mean(1)], dim=1))
+
+
+@pytest.mark.parametrize("argument", ["attn_mask", "rope", "position_embeddings", "freqs_cis"])
+def test_what_has_no_place_for_a_meta_token_is_refused(argument: str) -> None:
+    class Told(TinyBlock):
+        def forward(  # type: ignore[override]
+            self,
+            x: Tensor,
+            attn_mask: Any = None,
+            rope: Any = None,
+            position_embeddings: Any = None,
+            freqs_cis: Any = None,
+        ) -> Tensor:
+            return super().forward(x)
+
+    class Tells(TinyBlocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x, **{argument: torch.ones(13, 13)})
+            return x
+
+    def build(detach_taps: bool) -> nn.Module:
+        model = Tells()
+        model.blocks = nn.ModuleList([Told(), Told()])
+        method = HierarchicalSideTuning(dims=(4, 6), num_heads=(2, 3), detach_taps=detach_taps, modules_to_save=())
+        return inject(model, method)
+
+    message = (
+        rf"HierarchicalSideTuning: 'blocks.0' is given '{argument}', .*\. Leave the meta tokens out with detach_taps"
+    )
+    with pytest.raises(AdapterError, match=message):
+        build(False)(torch.randn(2, 13, 7))
+    assert build(True)(torch.randn(2, 13, 7)).shape == (2, 13, 12)
+
+
+def test_unipt_starts_with_confidences_of_one_in_sum() -> None:
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512)) for _ in range(2)))
+    model = inject(nn.Sequential(nn.Linear(2, 512), blocks), UniPT(r=1, modules_to_save=()))
+    assert 0.7 < adapters_of(model)[-1][2].confidence.square().sum() < 1.3  # w ~ N(0, 1/d)
 
 
 def test_hierarchical_side_tuning_trains_the_norms_of_the_blocks() -> None:

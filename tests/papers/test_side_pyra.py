@@ -9,17 +9,20 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import PYRA, LoRA, inject
 from lightning_peft.engine import AdapterError, TargetError, adapters_of
-from tests.methods.backbones import TinyBlocks, backbone, call, moved
+from tests.methods.backbones import TinyBlock, TinyBlocks, backbone, call, moved
 
 TOLD: dict[str, Any] = {"num_patches": 13, "num_prefix_tokens": 1, "num_heads": 3}
 
 
-def block_by_hand(block: Any, merge: Any, x: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor, list[list[int]]]:
+def block_by_hand(
+    block: Any, merge: Any, x: Tensor, size: Tensor, r: int, prefix: int
+) -> tuple[Tensor, Tensor, list[list[int]]]:
     """One sample (N, D): the block, its tokens merged one by one; the tokens that each of the new ones holds."""
     h = x + block.attn(block.norm1(x[None]))[0]
     keys = block.attn.qkv(block.norm1(x))[:, 12:24].unflatten(-1, (3, 4)).mean(1)
     keys = keys / keys.norm(dim=-1, keepdim=True)
-    near = {i: max(range(1, len(x), 2), key=lambda j: float(keys[i] @ keys[j])) for i in range(2, len(x), 2)}
+    evens, odds = (range(first + (prefix - first + 1) // 2 * 2, len(x), 2) for first in (0, 1))  # behind the prefix
+    near = {i: max(odds, key=lambda j: float(keys[i] @ keys[j])) for i in evens}
     order = sorted(near, key=lambda i: -float(keys[i] @ keys[near[i]]))[:r]
     q = torch.stack([h[i] * size[i] + h[near[i]] * size[near[i]] for i in order])
     q = nn.functional.layer_norm(q, (12,), merge.norm.weight, merge.norm.bias)
@@ -31,33 +34,46 @@ def block_by_hand(block: Any, merge: Any, x: Tensor, size: Tensor, r: int) -> tu
         w2 = 2 * torch.sigmoid(q[place] @ merge.weight_D) - 1
         total[near[i]] = total[near[i]] + s + s * w1 * w2
         groups[near[i]].append(i)
-    new = sorted(i for i in groups if i % 2 == 0) + sorted(i for i in groups if i % 2)
+    new = sorted(groups, key=lambda i: (i >= prefix, i % 2 if i >= prefix else 0, i))
     sizes = torch.stack([sum(size[i] for i in groups[n]) for n in new])  # type: ignore[misc]
     h = torch.stack([total[n] / sizes[place] for place, n in enumerate(new)])
     return h + block.mlp(block.norm2(h)), sizes, [groups[n] for n in new]
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 2, 3])
 @torch.no_grad()
-def test_tokens_are_modulated_merged_and_given_back() -> None:
+def test_tokens_are_modulated_merged_and_given_back(prefix: int) -> None:
     torch.manual_seed(0)
     model, x = TinyBlocks().double(), torch.randn(2, 13, 7, dtype=torch.float64)
-    moved(inject(model, PYRA(r=(4, 3), **TOLD)))
+    model.blocks.append(TinyBlock().double())
+    n = 13 + prefix
+    model.cls_token = nn.Parameter(torch.randn(1, prefix, 12, dtype=torch.float64))
+    moved(inject(model, PYRA(r=(4, 3, 2), **{**TOLD, "num_prefix_tokens": prefix})))
     merges = [a for _, _, a in adapters_of(model) if hasattr(a, "weight_r")]
     base: Any = TinyBlocks().double()
+    base.blocks.append(TinyBlock().double())
+    base.cls_token = nn.Parameter(torch.empty_like(model.cls_token))
     base.load_state_dict({k: v for k, v in model.state_dict().items() if "adapters" not in k})
     rows = []
     for sample in x:
         h = torch.cat([base.cls_token[0], base.embed(sample)])
-        size, held = torch.ones(14, dtype=torch.float64), [[i] for i in range(14)]
-        for block, merge, r in zip(base.blocks, merges, (4, 3), strict=True):
-            h, size, groups = block_by_hand(block, merge, h, size, r)
+        size, held = torch.ones(n, dtype=torch.float64), [[i] for i in range(n)]
+        for block, merge, r in zip(base.blocks, merges, (4, 3, 2), strict=True):
+            h, size, groups = block_by_hand(block, merge, h, size, r, prefix)
             held = [[first for i in group for first in held[i]] for group in groups]
-        assert h.shape == (14 - 4 - 3, 12)
-        assert sorted(sum(held, [])) == list(range(14))
-        assert held[0] == [0]  # the class token
-        rows.append(torch.stack([next(h[n] for n, group in enumerate(held) if i in group) for i in range(14)]))
+        assert h.shape == (n - 4 - 3 - 2, 12)
+        assert sorted(sum(held, [])) == list(range(n))
+        assert all([i] in held for i in range(prefix))  # class tokens stay by themselves
+        rows.append(torch.stack([next(t for t, group in zip(h, held, strict=True) if i in group) for i in range(n)]))
     h = base.norm(torch.stack(rows))
     torch.testing.assert_close(model(x), base.head(h[:, 1:] + h[:, :1]))
+
+
+def test_no_activation_outlives_the_forward() -> None:
+    model = moved(inject(TinyBlocks(), PYRA(r=(4, 3), **TOLD)))
+    model(torch.randn(2, 13, 7))
+    held = {id(a.merging): a.merging for _, _, a in adapters_of(model)}
+    assert [(m.keys, m.state, m.skipped, len(m.before)) for m in held.values()] == [(None, None, "", 0)]
 
 
 def test_a_block_that_merges_nothing_is_the_block() -> None:
@@ -143,7 +159,11 @@ def test_another_number_of_tokens_is_refused() -> None:
         (TinyBlocks, PYRA(r=2, num_patches=13), r"does not tell its num_heads. Give them"),
         (TinyBlocks, PYRA(r=0, **TOLD), r"merges none of 14 tokens. Raise r"),
         (TinyBlocks, PYRA(r=(1, 1, 1), **TOLD), r"r must be one number, or one for each of 2 blocks"),
-        (lambda: backbone("swin"), PYRA(r=2, num_patches=4), r"does not look at all tokens, normalised first. Choose"),
+        (
+            lambda: backbone("swin"),
+            PYRA(r=2, num_patches=4),
+            r"does not begin with a norm of its own before an attention that.*\. Choose",
+        ),
         (lambda: backbone("llama"), PYRA(r=2), r"PYRA: .*num_patches"),
     ],
 )

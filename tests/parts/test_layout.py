@@ -84,6 +84,11 @@ def test_tokens_that_fit_no_grid_are_refused(tokens: int) -> None:
         grid_of(torch.zeros(3, tokens, 5), False, (2, 4), "Test")
 
 
+def test_a_grid_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(AdapterError, match="4 tokens cannot lie in the grid 5 x 4"):
+        grid_of(torch.zeros(3, 4, 5), False, (5, 4), "Test")
+
+
 def test_tokens_become_a_map_and_come_back() -> None:
     h = torch.randn(2, 3 + 8, 5)
     places, prefix = as_map(h, (2, 4), 3)
@@ -108,6 +113,8 @@ def test_resampling_averages_or_interpolates() -> None:
     assert len(grown.unique()) > 16  # between the values, not copies of them
     assert resample(x, (4, 4)) is x
     assert resample(x[0], (2,)).shape == (1, 4, 2)
+    # rows are fewer, columns more: all between the values
+    assert resample(torch.tensor([[[[0.0, 8.0], [2.0, 10.0]]]]), (1, 4)).tolist() == [[[[1.0, 3.0, 7.0, 9.0]]]]
 
 
 def test_stages_and_the_modules_that_hold_them() -> None:

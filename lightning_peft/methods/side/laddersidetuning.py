@@ -59,7 +59,7 @@ class Ladder(Exit):
         """The top of the ladder."""
         gates = (self.gates / self.temperature).sigmoid().to(y.dtype).unbind()
         s = self.start(self.tap(kept, -1, y))
-        seen = visible(layer, y, self.causal) if y.dim() == 3 else None
+        seen = visible(layer, y, self.causal, self.who) if y.dim() == 3 else None
         for i, (down, gate, block) in enumerate(zip(self.down, gates, self.blocks, strict=True)):
             u = down(self.tap(kept, i, y))
             s = self.steps[str(i)](s) if str(i) in self.steps else s

@@ -22,9 +22,8 @@ from lightning_peft.adapters.token_merging import Branch, Merge, Merged, Merging
 from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, TargetError, check_range, register
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.targets import module_target
-from lightning_peft.parts.blocks import find_blocks
 from lightning_peft.parts.layout import width_of
-from lightning_peft.parts.taps import looks_at_all
+from lightning_peft.parts.taps import blocks_to_tap, looks_at_all
 
 _ATTENTIONS, _KEYS, _MLPS = ("attn", "attention"), ("qkv", "k_proj", "key", "to_k"), ("mlp", "ffn")
 
@@ -82,7 +81,7 @@ class PYRA(MethodWithHead):
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The blocks, their attentions, projections of keys, and feed-forward nets."""
-        names = find_blocks(model, self.blocks, "PYRA")
+        names = blocks_to_tap(model, self.blocks, "PYRA", "blocks")
         patches = self.num_patches or _told(model, ("num_patches",), "num_patches")
         given = self.num_prefix_tokens
         prefix = _told(model, ("num_prefix_tokens",), "", 1) if given is None else given
@@ -94,7 +93,8 @@ class PYRA(MethodWithHead):
             keys = _child(inner, name, _KEYS)
             if not looks_at_all(block) or "norm" not in next(key for key, _ in block.named_children()):
                 raise TargetError(
-                    f"PYRA: {name!r} does not look at all tokens, normalised first. Choose a plain ViT, where it does."
+                    f"PYRA: {name!r} does not begin with a norm of its own before an attention that looks at all "
+                    "tokens, as far as is known here. Choose a plain ViT of timm, where it does."
                 )
             heads = self.num_heads or _told(inner, ("num_heads", "num_attention_heads"), "num_heads")
             parts = {"block": name, "attention": attention, "keys": f"{attention}.{keys}", "mlp": mlp}

@@ -49,7 +49,7 @@ class Parallel(Exit):
 
     def side(self, y: Tensor, kept: Kept, layer: Layer) -> Tensor:
         """The sum of all that the anchor z_L finds in the others."""
-        seen = visible(layer, y, self.causal) if y.dim() == 3 else None
+        seen = visible(layer, y, self.causal, self.who) if y.dim() == 3 else None
         share = None if seen is None else seen[:, 0].to(y.dtype) / seen[:, 0].sum(-1, keepdim=True).to(y.dtype)
 
         def z(i: int) -> Tensor:
