@@ -56,7 +56,8 @@ def saved_bytes(compute: Callable[[], object], own: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         output = compute()
     gc.collect()  # what was saved for something that nobody kept
-    found = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in kept}
-    beside = {t.untyped_storage().data_ptr() for t in own}
+    # by the object, not by its address, which tensors without values do not have
+    found = {s.tensor.untyped_storage()._cdata: s.tensor.untyped_storage().nbytes() for s in kept}
+    beside = {t.untyped_storage()._cdata for t in own}
     del output
     return sum(n for storage, n in found.items() if storage not in beside)

@@ -1,32 +1,31 @@
 """Memory of a training step of a ViT-B with each vision method, beside LoRA, HF PEFT's LoRA and full fine-tuning.
 
-``vit_base_patch16_224`` in float32, batch 16, random images. *Kept* are the bytes of the tensors that the forward keeps
-for the backward pass, each storage once, parameters left out. *Peak* is the largest resident memory of a process that
-makes a step of AdamW, less what it held with the model, the adapters and a batch ready. Each line is a process of
-its own, so that none finds memory that another has left.
+``vit_base_patch16_224`` in float32, batch 16. *Kept* are the bytes of the tensors that the forward keeps for the
+backward pass, each storage once, parameters left out. *Peak* are those of all tensors that a step of AdamW holds at a
+time, beyond the model and the batch: activations, gradients, moments. Both are counted on tensors without values
+(torch's ``FakeTensorMode``), so nothing is computed, and the figures do not depend on the machine.
 
-``python -m benchmarks.vision_memory`` measures, and writes benchmarks/results/vision_memory.json and the picture and
+``python -m benchmarks.vision_memory`` counts, and writes benchmarks/results/vision_memory.json and the picture and
 table of docs/vision.md; ``--plot`` draws from what is there; ``--methods LoRA,VPT`` replaces these lines.
 """
 
 import argparse
+import copy
 import json
-import multiprocessing
-import resource
-import threading
-import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from benchmarks.__main__ import hardware
 from benchmarks.report import replace_between
 from benchmarks.row import saved_bytes
 from lightning_peft import BitFit, FullFineTuning, LinearProbe, LoRA, inject, list_methods
@@ -71,37 +70,57 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it lasts, and of those that live at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; what it answers is new unless it was given."""
+        output = func(*args, **(kwargs or {}))
+        given = {key for key, _ in _storages((args, kwargs))}
+        for key, storage in _storages(output):
+            if key not in self.known | given:
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return output
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _storages(tree: Any) -> list[tuple[int, Any]]:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [(storage._cdata, storage) for storage in (t.untyped_storage() for t in tensors)]
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Bytes kept and peak of one line, and its trainable parameters; in a fresh process."""
+    """Bytes kept and peak of one line, and its trainable parameters."""
     torch.manual_seed(0)
-    model = methods()[name](timm.create_model(MODEL, num_classes=10)).train()
-    x, y = torch.randn(BATCH, 3, 224, 224), torch.randint(10, (BATCH,))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    row: dict[str, Any] = {"trainable": sum(p.numel() for p in trainable)}
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    before, seen, done = _resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            seen[0] = max(seen[0], _resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    _loss(model, x, y).backward()
-    optimizer.step()
-    done.set()
-    watcher.join()
-    row["peak"] = seen[0] - before
-    optimizer.zero_grad()
-    row["kept"] = saved_bytes(lambda: _loss(model, x, y), model.parameters())
-    with fused(model):
-        row["kept_fused"] = saved_bytes(lambda: _loss(model, x, y), model.parameters())
-    return row
+    adapted = methods()[name](timm.create_model(MODEL, num_classes=10)).train()
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(adapted)
+    with mode:
+        x, y = torch.randn(BATCH, 3, 224, 224), torch.randint(10, (BATCH,))
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        row: dict[str, Any] = {"trainable": sum(p.numel() for p in trainable)}
+        row["kept"] = saved_bytes(lambda: _loss(model, x, y), model.parameters())
+        with fused(model):
+            row["kept_fused"] = saved_bytes(lambda: _loss(model, x, y), model.parameters())
+        optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+        with Peak() as peak:
+            for _ in range(2):  # in the second, the moments are there
+                _loss(model, x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return row | {"peak": peak.peak}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -111,7 +130,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "![Bytes kept and peak memory of a step](images/vision_memory.png)",
         "",
-        f"{results['hardware']}; {MODEL}, batch {BATCH}, float32.",
+        f"{MODEL}, batch {BATCH}, float32; {results['versions']}.",
         "",
         "| Method | Trained | Kept | of LoRA's | of HF PEFT's | Kept with our operations | Peak | of LoRA's |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -156,9 +175,8 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     names = [] if options.plot else options.methods.split(",") if options.methods else list(methods())
     for name in tqdm(names, desc="methods"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results["rows"][name] = pool.submit(measure, name).result()
-        results["hardware"] = hardware()
+        results["rows"][name] = measure(name)
+        results["versions"] = f"torch {torch.__version__}, timm {timm.__version__}"
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
     replace_between("memory", markdown(results), PAGE)

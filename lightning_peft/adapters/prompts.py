@@ -343,6 +343,7 @@ class PromptMethod(MethodWithHead):
         modules_to_save: see `MethodWithHead`.
     """
 
+    modalities: ClassVar = ("text",)
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Tokens}
     needs_blocks: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = False

@@ -92,7 +92,7 @@ def _has_own_forward(cls: type[nn.Module], known: type[nn.Module], module: nn.Mo
 def candidates(model: nn.Module) -> list[Target]:
     """Every weight in ``model`` that some adapter could sit on, in the order of ``named_modules``."""
     found = []
-    for name, module in _base_modules(model):
+    for name, module in base_modules(model):
         for site in sites(module):
             full = name if site.weight == "weight" else f"{name}.{site.weight}".lstrip(".")
             found.append(Target(plain_name(full), module, site, name))
@@ -105,14 +105,14 @@ def output_head(model: nn.Module) -> str | None:
     Asked first are the models that know it (``get_classifier`` of timm, ``get_output_embeddings`` of transformers);
     then the customary names are looked for.
     """
-    names = {id(module): name for name, module in _base_modules(model)}
-    for _, module in _base_modules(model):
+    names = {id(module): name for name, module in base_modules(model)}
+    for _, module in base_modules(model):
         for ask in ("get_classifier", "get_output_embeddings"):
             if callable(getattr(module, ask, None)):
                 head = getattr(module, ask)()
                 if isinstance(head, nn.Module) and next(head.parameters(), None) is not None:
                     return names.get(id(head))
-    linear = [n for n, m in _base_modules(model) if isinstance(m, nn.Linear) and not re.search(r"\b\d+\b", n)]
+    linear = [n for n, m in base_modules(model) if isinstance(m, nn.Linear) and not re.search(r"\b\d+\b", n)]
     named = [n for n in linear if plain_name(n).split(".")[-1] in _HEADS]
     return named[-1] if named else None
 
@@ -200,7 +200,7 @@ def unsupported(
 
     return [
         (plain_name(name), module)
-        for name, module in _base_modules(model)
+        for name, module in base_modules(model)
         if id(module) not in can
         and next(module.parameters(), None) is not None
         and not dict(module.named_children()).keys() - {"adapters", "parametrizations"}
@@ -214,7 +214,7 @@ def select_modules(model: nn.Module, patterns: str | Sequence[str] | None, who: 
     Raises:
         TargetError: a pattern selects nothing.
     """
-    everything = {name: module for name, module in _base_modules(model) if name}
+    everything = {name: module for name, module in base_modules(model) if name}
     chosen: dict[str, None] = {}
     for pattern in as_patterns(patterns):
         if pattern == OUTPUT_HEAD:
@@ -243,7 +243,7 @@ def select_parameters(
     Raises:
         TargetError: a pattern, or an index, selects nothing.
     """
-    owned = [(owner, module.named_parameters(recurse=False)) for owner, module in _base_modules(model)]
+    owned = [(owner, module.named_parameters(recurse=False)) for owner, module in base_modules(model)]
     everything = [f"{owner}.{name}".lstrip(".") for owner, parameters in owned for name, _ in parameters]
 
     def below(modules: list[str]) -> set[str]:
@@ -293,7 +293,7 @@ def _nothing_found(
     who: str, pattern: str, model: nn.Module, supported: list[Target], kinds: Iterable[Kind]
 ) -> TargetError:
     can = f"{who} adapts {', '.join(sorted(kinds))} layers"
-    hit = [(n, m) for n, m in _base_modules(model) if n and matches(pattern, n, m)]
+    hit = [(n, m) for n, m in base_modules(model) if n and matches(pattern, n, m)]
     if hit:
         name, module = hit[0]
         inside = [t.name for t in supported if t.name.startswith(name + ".")][:3]
@@ -320,7 +320,7 @@ def _describe(model: nn.Module) -> str:
     return base_class(model).__name__
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` without what was injected."""
     injected: set[str] = set()
     for name, module in model.named_modules():

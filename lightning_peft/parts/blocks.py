@@ -7,7 +7,7 @@ from torch import nn
 from lightning_peft.engine import TargetError
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import base_class, holds_adapters
-from lightning_peft.engine.targets import _base_modules, as_patterns, matches
+from lightning_peft.engine.targets import as_patterns, base_modules, matches
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who: str = "blocks") -> list[str]:
@@ -30,7 +30,7 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None = None, who
     >>> find_blocks(nn.ModuleDict({"stem": nn.Linear(2, 2), "layers": nn.ModuleList([block(), block()])}))
     ['layers.0', 'layers.1']
     """
-    modules = {name: module for name, module in _base_modules(model) if name}
+    modules = {name: module for name, module in base_modules(model) if name}
     names: list[str] = []
     for pattern in as_patterns(blocks):
         found = [name for name, module in modules.items() if matches(pattern, name, module)]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_peft.engine import AdapterError, Site, Target, TargetError
 from lightning_peft.engine.slots import base_class
-from lightning_peft.engine.targets import _base_modules, sites
+from lightning_peft.engine.targets import base_modules, sites
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FIRST = (*CONVOLUTIONS, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -41,7 +41,7 @@ def entered(x: Tensor, y: Tensor, module: nn.Module) -> Entered:
 
 def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
     """(name, layer, site) of the layers below ``module`` whose kind is known, in the order in which they are stored."""
-    for name, layer in _base_modules(module):
+    for name, layer in base_modules(module):
         yield from ((name, layer, site) for site in sites(layer))
 
 

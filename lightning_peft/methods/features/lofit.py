@@ -58,6 +58,7 @@ class LoFiT(SublayerMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2406.01563"
+    modalities: ClassVar = ("text",)
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": HeadOffset}
     sublayers: ClassVar[tuple[SublayerKind, ...]] = ("attention",)
     layers: ClassVar[tuple[Kind, ...]] = ("linear",)
