@@ -1,0 +1,3 @@
+"""Methods that were made for diffusion models."""
+
+from .difffit import DiffFit as DiffFit
