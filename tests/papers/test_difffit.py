@@ -76,7 +76,7 @@ def test_a_dit_with_guidance_follows_the_formula() -> None:
     base = reference(model, dit(), r"transformer_blocks\.\d\.(attn1|ff)")
     changes = [a for _, _, a in adapters_of(model) if hasattr(a, "table")]
     assert len(changes) == 2
-    assert all(a.table() is changes[0].change for a in changes)
+    assert all(a.table is changes[0].change for a in changes)
     assert changes[0].change.any()
     for block in base.transformer_blocks:
         block.norm1.emb.class_embedder.embedding_table.weight.data += changes[0].change.detach()
@@ -141,7 +141,7 @@ def test_what_trains_in_a_unet() -> None:
     norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, kinds)}
     assert in_place == biases | norms | {"class_embedding.weight"}
     assert {n for n in in_place if "time_emb_proj" in n}  # it is of the residual block, not of the time
-    assert not any(type(a).__name__ == "TableChange" for _, _, a in adapters_of(model))
+    assert not any(type(a).__name__ == "Table" for _, _, a in adapters_of(model))
     without = trainable(inject(unet(num_class_embeds=5), DiffFit(class_tables=(), train_norms=False)))
     assert {n for n in without if ".adapters." not in n} == biases | {n for n in biases if "norm" in n}
 
@@ -239,7 +239,7 @@ def test_the_shared_change_stays_shared(tmp_path: Path) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert torch.equal(denoise(other), denoise(model))
         first, second = [a for _, _, a in adapters_of(other) if hasattr(a, "table")]
-        assert second.table() is first.change
+        assert second.table is first.change
 
 
 def test_tables_of_other_sizes_have_a_change_of_their_own() -> None:
@@ -247,7 +247,7 @@ def test_tables_of_other_sizes_have_a_change_of_their_own() -> None:
         {f"class_embed{i}": nn.Embedding(n, 3) for i, n in enumerate((4, 5, 4))} | {"out": nn.Linear(3, 3)}
     )
     model = inject(net, DiffFit(target_modules="out"))
-    changes = [a.table() for _, _, a in adapters_of(model) if hasattr(a, "table")]
+    changes = [a.table for _, _, a in adapters_of(model) if hasattr(a, "table")]
     assert [tuple(c.shape) for c in changes] == [(4, 3), (5, 3), (4, 3)]
     assert changes[0] is changes[2]
     assert DiffFit(target_modules="out").total_trainable(DiffFit(target_modules="out").targets(net)) == 3 + 9 * 3

@@ -20,52 +20,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.adapters.rescaling import Rescaling
-from lightning_peft.engine import (
-    Adapter,
-    Kind,
-    Layer,
-    Target,
-    matches,
-    register,
-    select_modules,
-    select_parameters,
-    select_targets,
-)
+from lightning_peft.engine import Adapter, Kind, Layer, Target, matches, register, select_modules, select_parameters
 from lightning_peft.engine.limits import Patterns
-from lightning_peft.engine.targets import candidates, is_below
+from lightning_peft.engine.targets import candidates, is_below, select_targets
 from lightning_peft.parts.sublayers import SublayerKind, SublayerMethod
 
-# customary names of what embeds the time step, and of tables of classes
+# customary names
 _TIME = r"(.*\.)?(t|time|timestep)_(embed\w*|mlp|proj)"
 _CLASSES = r"(.*\.)?(y_embed\w*|label_emb\w*|class_embed\w*)(\..*)?"
 
 
-class TableChange(Adapter):
-    """A change of an embedding table, which several tables may share: the ``first`` holds it, for it has none."""
+class Table(Adapter):
+    """A change of an embedding table, which others may share; it lies in the first, which has no ``first``."""
 
-    def __init__(self, target: Target, first: "TableChange | None") -> None:
+    def __init__(self, target: Target, first: "Table | None") -> None:
         super().__init__()
         if first is None:
             self.change = target.new_parameter(target.d_in, target.d_out)
         # in a tuple, or it would be a child, with its parameter
         self.first = () if first is None else (first,)
 
+    @property
     def table(self) -> Tensor:
         """E (K + 1, D)."""
         return self.first[0].change if self.first else self.change
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """Zero."""
-        self.table().zero_()
+        if not self.first:
+            self.change.zero_()
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """layer(x) + E[x]."""
         y = layer(x)
-        return y + F.embedding(x, self.table()).to(y.dtype)
+        return y + F.embedding(x, self.table).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The table with E added."""
-        return weight + self.table().T, bias
+        return weight + self.table.T, bias
 
 
 @register("difffit")
@@ -74,9 +66,8 @@ class DiffFit(SublayerMethod):
     """Training of biases, norms, class embeddings and scales of branches; nothing of the embedding of time.
 
     Args:
-        time_modules: patterns of the modules that embed the time step, whose biases and norms stay frozen; by default
-            they are known by customary names.
-        class_tables: patterns of the embedding tables of classes; by default known by customary names; () for none.
+        time_modules: patterns of what embeds the time step, and stays frozen; by default it goes by customary names.
+        class_tables: patterns of the embedding tables of classes, which go by customary names too; () for none.
         target_modules: patterns of the layers to scale, in any model; by default the last of each attention and
             feed-forward network.
         layers_to_transform: indices of the blocks that get scales; all by default.
@@ -99,11 +90,7 @@ class DiffFit(SublayerMethod):
     """
 
     paper: ClassVar[str] = "arXiv:2304.06648"
-    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {
-        "linear": Rescaling,
-        "conv": Rescaling,
-        "embedding": TableChange,
-    }
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Rescaling, "conv": Rescaling, "embedding": Table}
     sublayers: ClassVar[tuple[SublayerKind, ...]] = ("attention", "feedforward")
     each_sublayer: ClassVar[bool] = False
 
@@ -114,37 +101,32 @@ class DiffFit(SublayerMethod):
     def tables(self, model: nn.Module) -> list[Target]:
         """The embedding tables of classes, less those that are trained whole."""
         whole = select_modules(model, self.modules_to_save, who="DiffFit")
-        if self.class_tables is None:
-            found = [t for t in candidates(model) if t.site.kind == "embedding" and matches(_CLASSES, t.name)]
-        else:
-            found = select_targets(model, ("embedding",), self.class_tables, who="DiffFit") if self.class_tables else []
+        found = [t for t in candidates(model) if t.site.kind == "embedding" and matches(_CLASSES, t.name)]
+        if self.class_tables is not None:
+            kinds: tuple[Kind, ...] = ("embedding",)
+            found = select_targets(model, kinds, self.class_tables, who="DiffFit") if self.class_tables else []
         return [t for t in found if not any(is_below(t.name, name) for name in whole)]
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The last layer of each branch, and tables of classes of which there are several."""
         ends = self.named(model) if self.target_modules else [s.projection for s in self.found(model)]
-        tables = self.tables(model)
-        return [*ends, *(tables if len(tables) > 1 else [])]
+        return ends + (tables if len(tables := self.tables(model)) > 1 else [])
 
     def adapters(self, targets: list[Target]) -> list[Adapter]:
         """Scales; and changes of tables, one for all of the same size."""
-        first: dict[torch.Size, TableChange] = {}
         made: list[Adapter] = []
+        first: dict[torch.Size, Table] = {}
         for target in targets:
-            if target.site.kind == "embedding":
-                change = TableChange(target, first.get(target.shape))
-                first.setdefault(target.shape, change)
-                made.append(change)
-            else:
-                made.append(Rescaling(target))
+            table = Table(target, first.get(target.shape)) if target.site.kind == "embedding" else None
+            made.append(table or Rescaling(target))
+            if table is not None:
+                first.setdefault(target.shape, table)
         return made
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """``modules_to_save``, the table of classes if there is one, norms and biases but those that embed the time."""
-        if self.time_modules is None:
-            time = [name for name, _ in model.named_modules() if matches(_TIME, name)]
-        else:
-            time = select_modules(model, self.time_modules, who="DiffFit")
+        named = None if self.time_modules is None else select_modules(model, self.time_modules, who="DiffFit")
+        time = [name for name, _ in model.named_modules() if matches(_TIME, name)] if named is None else named
         tables = self.tables(model)
         whole = select_parameters(model, self.modules_to_save, who="DiffFit")
         whole += [f"{table.owner}.weight".lstrip(".") for table in tables if len(tables) == 1]
@@ -159,8 +141,7 @@ class DiffFit(SublayerMethod):
     def total_trainable(self, targets: list[Target]) -> int:
         """The sum of it, where tables of one size count once."""
         tables = {t.shape: t for t in targets if t.site.kind == "embedding"}
-        scales = [t for t in targets if t.site.kind != "embedding"]
-        return super().total_trainable([*scales, *tables.values()])
+        return super().total_trainable([t for t in targets if t.site.kind != "embedding" or tables[t.shape] is t])
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
