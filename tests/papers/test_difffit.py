@@ -8,54 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft import DiffFit, inject, load_adapter, merge, save_adapter, unload
 from lightning_peft.engine import TargetError, adapters_of
 from tests.methods.backbones import backbone, moved, trainable
+from tests.papers.denoisers import NOISE, T, denoise, denoise_text, dit, unet
 
 diffusers = pytest.importorskip("diffusers")
-
-T = torch.tensor([3, 5, 3, 5])
-NOISE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def dit() -> nn.Module:
-    """Two blocks, 12 features, 10 classes, without dropout of classes."""
-    model = backbone("dit")
-    for module in model.modules():
-        if isinstance(module, diffusers.models.embeddings.LabelEmbedding):
-            module.dropout_prob = 0.0
-    return model
-
-
-def denoise(model: Any, labels: tuple[int, ...] = (1, 2, 10, 10)) -> Tensor:
-    """With guidance: the second half of the batch is of no class, number 10."""
-    return model(NOISE, timestep=T, class_labels=torch.tensor(labels)).sample
-
-
-def unet(**options: Any) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = diffusers.UNet2DConditionModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(8, 12),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=6,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            **options,
-        )
-    return model.double().eval()
-
-
-def denoise_text(model: Any, **options: Any) -> Tensor:
-    text = torch.linspace(-1, 1, 4 * 5 * 6, dtype=torch.float64).reshape(4, 5, 6)
-    return model(NOISE, T, encoder_hidden_states=text, **options).sample
 
 
 def reference(model: nn.Module, base: nn.Module, branches: str) -> nn.Module:
@@ -157,6 +117,10 @@ def test_arguments_name_what_time_and_classes_are() -> None:
         inject(unet(), DiffFit(time_modules="clock"))
     with pytest.raises(TargetError, match=r"DiffFit: target_modules 'labels' matched none"):
         inject(unet(), DiffFit(class_tables="labels"))
+    with_time = trainable(inject(unet(), DiffFit(modules_to_save="time_embedding.linear_1")))
+    assert {n for n in with_time if n.startswith("time_")} == {
+        f"time_embedding.linear_1.{n}" for n in ("weight", "bias")
+    }
     whole = inject(dit(), DiffFit(modules_to_save="embedding_table"))
     assert not any(hasattr(a, "table") for _, _, a in adapters_of(whole))
 
