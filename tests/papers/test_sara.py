@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_peft import AdapterError, SaRA, inject, load_adapter, merge, save_adapter
+from lightning_peft import AdapterError, LoRA, SaRA, inject, load_adapter, merge, save_adapter
 from lightning_peft.engine import TargetError, adapters_of, notify
 from lightning_peft.parts.magnitudes import below_smallest
 from tests.methods.backbones import moved
@@ -248,8 +249,6 @@ def test_files_hold_places_and_values_and_decide_how_many(tmp_path: Path) -> Non
 
 
 def test_no_gradient_of_a_whole_linear_weight_is_built() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -268,13 +267,8 @@ def test_no_gradient_of_a_whole_linear_weight_is_built() -> None:
 
 
 def test_over_another_adapter_the_change_is_added() -> None:
-    from lightning_peft import LoRA
-
-    model, x = (
-        moved(inject(nn.Sequential(nn.Linear(9, 7), nn.Conv1d(4, 3, 3)).double(), LoRA(r=2, target_modules="0"))),
-        0,
-    )
-    del x
+    net = nn.Sequential(nn.Linear(9, 7), nn.Conv1d(4, 3, 3)).double()
+    model = moved(inject(net, LoRA(r=2, target_modules="0")))
     inject(model, SaRA(share=0.3), name="second")
     moved(model)
     low, sparse, conv = entries(model)
