@@ -181,6 +181,16 @@ def test_held_entries_have_no_gradient_that_could_be_clipped() -> None:
         assert adapter._kept is None
 
 
+def test_what_is_held_stays_held() -> None:
+    adapter = entries(inject(narrow(), SaRA(share=0.3)))[0]
+    first, second = (torch.arange(len(adapter.values)) % n == 0 for n in (2, 3))
+    places = adapter.places()
+    adapter.hold(first)
+    adapter.hold(second)
+    assert torch.equal(adapter.held, first | second)
+    assert torch.equal(adapter.places(), places)
+
+
 def test_a_run_of_unknown_length_is_refused_when_it_starts() -> None:
     model = inject(narrow(), SaRA())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
