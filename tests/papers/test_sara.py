@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_peft import AdapterError, LoRA, SaRA, inject, load_adapter, merge, save_adapter
+from lightning_peft import AdapterError, LinearProbe, LoRA, SaRA, inject, load_adapter, merge, save_adapter
 from lightning_peft.engine import TargetError, adapters_of, notify
 from lightning_peft.parts.magnitudes import below_smallest
 from tests.methods.backbones import moved
@@ -114,6 +114,15 @@ def test_a_weight_without_small_entries_gets_no_adapter() -> None:
     assert SaRA(threshold=0.1).total_trainable(SaRA(threshold=0.1).targets(net)) == sum(
         int((net[i].weight.abs() < 0.1).sum()) for i in (0, 2)
     )
+
+
+def test_theta_is_that_of_the_weights_that_are_left() -> None:
+    net = nn.Sequential(nn.Linear(50, 20), nn.Linear(20, 1), nn.Linear(1, 100))
+    for layer, magnitude in zip(net, (5.0, 1.0, 0.1), strict=True):
+        layer.weight.data.uniform_(magnitude, 1.1 * magnitude)
+    # of 1120 entries 112 are in the last two, of the 120 in these 12 are in the last, and of its 100 there are 10
+    assert [t.name for t in SaRA(share=0.1).targets(net)] == ["2"]
+    assert SaRA(share=0.1).total_trainable(SaRA(share=0.1).targets(net)) == 10
 
 
 def entries(model: nn.Module) -> list[Any]:
@@ -291,6 +300,29 @@ def test_over_another_adapter_the_change_is_added() -> None:
     y = nn.functional.linear(h, weight, model[0].bias)
     y = nn.functional.conv1d(y, model[1].weight + kernel.view(3, 4, 3), model[1].bias)
     torch.testing.assert_close(model(h), y)
+
+
+def test_a_weight_that_another_adapter_trains_whole_gets_its_gradient() -> None:
+    model = moved(inject(nn.Sequential(nn.Linear(9, 7)).double(), SaRA(share=0.3)))
+    inject(model, LinearProbe(modules_to_save="0"), name="second")
+    (adapter,) = entries(model)
+    x = torch.randn(4, 9).double()
+    model(x).square().sum().backward()
+    dense = torch.zeros(63, dtype=torch.float64).index_copy(0, adapter.indices.long(), adapter.values.detach())
+    whole = (model[0].weight.detach() + dense.view(7, 9)).requires_grad_(True)
+    nn.functional.linear(x, whole, model[0].bias.detach()).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, whole.grad)
+    torch.testing.assert_close(adapter.values.grad, whole.grad.flatten()[adapter.indices.long()])
+
+
+def test_a_weight_in_half_precision_is_rounded_once() -> None:
+    model = inject(nn.Sequential(nn.Linear(90, 70)).bfloat16(), SaRA(share=0.3))
+    (adapter,), weight = entries(model), model[0].weight.detach()
+    nn.init.normal_(adapter.values)
+    expected = weight.float().flatten()
+    expected[adapter.indices.long()] += adapter.values.detach()
+    assert torch.equal(adapter.merged(weight, None)[0].flatten(), expected)
+    assert torch.equal(merge(model)[0].weight.flatten(), expected.bfloat16())
 
 
 def test_what_cannot_be_chosen_from_is_refused() -> None:
