@@ -125,6 +125,33 @@ def test_arguments_name_what_time_and_classes_are() -> None:
     assert not any(hasattr(a, "table") for _, _, a in adapters_of(whole))
 
 
+def test_the_names_of_other_code_are_known() -> None:
+    names = {"t_embedder": "y_embedder", "time_embed": "label_emb", "timestep_embedder": "class_embedding"}
+    for time, table in names.items():
+        net = nn.ModuleDict({time: nn.Sequential(nn.Linear(2, 3)), table: nn.Embedding(4, 3), "out": nn.Linear(3, 3)})
+        trained = set(trainable(inject(net, DiffFit(target_modules="out"))))
+        assert trained == {f"{table}.weight", "out.bias", "out.adapters.default.scale"}
+
+
+def test_a_stable_diffusion_3_trains_but_for_its_embedding_of_time() -> None:
+    options = {"num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 3, "joint_attention_dim": 10}
+    model = meta(
+        diffusers.SD3Transformer2DModel,
+        **options,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        caption_projection_dim=12,
+        pooled_projection_dim=9,
+    )
+    biases = {n for n, _ in model.named_parameters() if n.endswith("bias")}
+    time = {f"time_text_embed.timestep_embedder.linear_{i}.bias" for i in (1, 2)}
+    assert set(DiffFit().trained_in_place(model)) == biases - time
+    # of the two streams, that of the samples
+    ends = [f"transformer_blocks.{i}.{end}" for i in (0, 1) for end in ("attn.to_out.0", "ff.net.2")]
+    assert [t.name for t in DiffFit().targets(model)] == ends
+
+
 def test_the_scales_of_the_stable_diffusion_port() -> None:
     ports = ("to_q", "to_k", "to_v", "to_out.0")
     model = inject(unet(), DiffFit(target_modules=ports))

@@ -332,3 +332,9 @@ def test_what_cannot_be_chosen_from_is_refused() -> None:
         empty = narrow()
     with pytest.raises(TargetError, match=r"SaRA on '0': it has no values yet to choose from\. Load the weights"):
         inject(empty, SaRA())
+    in_codes = narrow()
+    in_codes[0].weight = nn.Parameter(torch.ones(11, 9, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        TargetError, match=r"SaRA on '0': Linear keeps its weight in torch.int8 codes .*\. Use a method"
+    ):
+        inject(in_codes, SaRA())
