@@ -100,6 +100,7 @@ def test_theta_is_the_quantile_of_all_weights_together(share: float) -> None:
 
 def test_weights_that_are_zero_are_among_the_smallest() -> None:
     assert 0 < below_smallest([torch.zeros(10), torch.ones(10)], 0.2) < 1e-30
+    assert 1 < below_smallest([torch.tensor([2.0, -1.0])], 0.01) < 1.001  # one entry at least
 
 
 def test_a_weight_without_small_entries_gets_no_adapter() -> None:
