@@ -248,3 +248,10 @@ def test_a_model_without_branches_is_refused() -> None:
     net = nn.Sequential(*[nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2)) for _ in range(2)])
     with pytest.raises(TargetError, match=r"DiffFit: none of 2 blocks .* has an attention\. Name other blocks"):
         inject(net, DiffFit())
+
+
+def test_a_convolution_answers_in_the_precision_that_it_has() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 1)).bfloat16()
+    model = inject(net, DiffFit(target_modules="0"))
+    assert model[0].adapters["default"].scale.dtype == torch.float32
+    assert model(torch.ones(1, 3, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
