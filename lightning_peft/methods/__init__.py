@@ -3,6 +3,7 @@
 from lightning_peft.engine import METHODS
 
 from .delta import *  # noqa: F403
+from .diffusion import *  # noqa: F403
 from .features import *  # noqa: F403
 from .lora import *  # noqa: F403
 from .prompts import *  # noqa: F403

@@ -53,6 +53,7 @@ def find_sublayers(
     kinds: Sequence[SublayerKind] = ("attention", "feedforward"),
     blocks: str | Sequence[str] | None = None,
     who: str = "blocks",
+    each: bool = True,
 ) -> list[Sublayer]:
     """The sub-layers of all blocks, block by block; of ``kinds`` alone.
 
@@ -64,9 +65,10 @@ def find_sublayers(
 
     Args:
         model: where to look.
-        kinds: which are wanted; each has to occur in some block.
+        kinds: which are wanted.
         blocks: see `find_blocks`.
         who: how errors name the caller.
+        each: each of ``kinds`` has to occur in some block; otherwise one of them has to.
 
     Raises:
         TargetError: there are no blocks, or no block has a sub-layer of one of ``kinds``.
@@ -84,7 +86,7 @@ def find_sublayers(
         names = [name for name, m in model.named_modules() if name in names or base_class(m) in alike]
     found = [s for name in names for s in _in_block(model, name, everything) if s.kind in kinds]
     for kind in kinds:
-        if not any(s.kind == kind for s in found):
+        if not any(s.kind == kind for s in found) and (each or not found):
             raise TargetError(
                 f"{who}: none of {len(names)} blocks of {base_class(model).__name__} ({names[0]} to {names[-1]}) has "
                 f"{'an' if kind == 'attention' else 'a'} {_WORDS[kind]}. Name other blocks in blocks=, or layers in "
@@ -106,11 +108,13 @@ class SublayerMethod(TargetedMethod):
 
     Attributes:
         sublayers: the kinds of them that are adapted.
+        each_sublayer: each of these kinds has to occur in the model; otherwise one of them has to.
         layers: the kinds of layers that can be named in ``target_modules``.
     """
 
     needs_blocks: ClassVar[bool] = True
     sublayers: ClassVar[tuple[SublayerKind, ...]] = ("feedforward",)
+    each_sublayer: ClassVar[bool] = True
     layers: ClassVar[tuple[Kind, ...]] = ("linear", "conv")
 
     target_modules: Patterns = ()
@@ -138,7 +142,7 @@ class SublayerMethod(TargetedMethod):
             TargetError: there are none, or a pattern matches none of them.
         """
         who = type(self).__name__
-        everything = find_sublayers(model, self.sublayers, self.blocks, who)
+        everything = find_sublayers(model, self.sublayers, self.blocks, who, self.each_sublayer)
         chosen = {s.exit.name for s in everything}
         for pattern in as_patterns(self.exclude_modules):
             left_out = {s.exit.name for s in everything for t in (s.exit, s.projection) if _named(model, pattern, t)}

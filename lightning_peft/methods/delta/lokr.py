@@ -15,63 +15,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, check_range, register
+from lightning_peft.adapters.kronecker import Kronecker, KroneckerConv, split
+from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, check_range, register
 from lightning_peft.engine.limits import Count, Positive, Probability
-
-
-class Kronecker(Adapter):
-    """``delta = scaling * (w1 kron w2)``; the product is not built for linear layers."""
-
-    scaling: Tensor
-
-    def __init__(self, target: Target, method: "LoKr") -> None:
-        super().__init__()
-        for name, shape in method.shapes(target).items():
-            self.register_parameter(name, target.new_parameter(*shape))
-        self.register_buffer("scaling", next(self.parameters()).new_tensor(method.alpha / method.r), persistent=False)
-        self.dropout = method.dropout
-
-    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
-        """The first matrix is zero, by its first factor if it has two; the others are uniform."""
-        for name, parameter in self.named_parameters():
-            random = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
-            parameter.copy_(0 * random if name in ("lokr_w1", "lokr_w1_a") else random)
-
-    def matrix(self, name: str) -> Tensor:
-        """``lokr_w1`` (l, m) or ``lokr_w2`` (k, n, ...), put together if it has two factors."""
-        if name in self._parameters:
-            return self.get_parameter(name)
-        right = self.get_parameter(f"{name}_b")
-        return (self.get_parameter(f"{name}_a") @ right.flatten(1)).unflatten(1, right.shape[1:])
-
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """y = layer(x) + scaling * w1 X w2^T, with x folded to X (..., m, n)."""
-        y, w1 = layer(x), self.scaling * self.matrix("lokr_w1")
-        x = F.dropout(x.to(w1.dtype), self.dropout, self.training)
-        change = w1 @ F.linear(x.unflatten(-1, (w1.shape[1], -1)), self.matrix("lokr_w2"))
-        return y + change.flatten(-2).to(y.dtype)
-
-    def delta(self) -> Tensor:
-        """(d_out, d_in, ...)."""
-        w1, w2 = self.scaling * self.matrix("lokr_w1"), self.matrix("lokr_w2")
-        return torch.kron(w1[(..., *[None] * (w2.dim() - 2))].contiguous(), w2)
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: D102
-        return weight + self.delta(), bias
-
-
-class KroneckerConv(Kronecker):
-    """The same for convolutions, whose delta is built."""
-
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """y = layer(x) + the convolution of x with the delta."""
-        y, delta = layer(x), self.delta()
-        x = F.dropout(x.to(delta.dtype), self.dropout, self.training)
-        return y + layer.module._conv_forward(x, delta, None).to(y.dtype)
 
 
 @register("lokr")
@@ -126,6 +72,11 @@ class LoKr(TargetedMethod):
             return {**small, "lokr_w2_a": (k, self.r), "lokr_w2_b": (self.r, n, *target.shape[2:])}
         return {**small, "lokr_w2": (k, n, *target.shape[2:])}
 
+    def adapter(self, target: Target) -> Adapter:
+        """Matrices of these shapes."""
+        cls = KroneckerConv if target.site.kind == "conv" else Kronecker
+        return cls(target, self.shapes(target), self.alpha / self.r, self.dropout)
+
     def num_trainable(self, target: Target) -> int:
         """l * m, or r * (l + m); plus k * n, or r * (k + n)."""
         return sum(math.prod(shape) for shape in self.shapes(target).values())
@@ -134,15 +85,3 @@ class LoKr(TargetedMethod):
     def examples(cls) -> tuple[Self, ...]:
         """Plain, and with both matrices decomposed and a head."""
         return cls(r=2), cls(r=1, decompose_both=True, modules_to_save="head")
-
-
-def split(d: int, factor: int = -1) -> tuple[int, int]:
-    """Two divisors of ``d``, the smaller first unless ``factor`` divides ``d``, which then comes first.
-
-    >>> split(128), split(127), split(128, 4), split(12, 5), split(128, 32)
-    ((8, 16), (1, 127), (4, 32), (3, 4), (32, 4))
-    """
-    if factor > 0 and d % factor == 0:
-        return factor, d // factor
-    first = max(i for i in range(1, math.isqrt(d) + 1) if d % i == 0 and (factor < 0 or i <= factor))
-    return first, d // first

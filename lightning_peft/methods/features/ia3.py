@@ -11,39 +11,13 @@ Merge:    rows of W_k, W_v and their biases times l; columns of W_2 times l_ff
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
-from torch import Tensor
-
-from lightning_peft import kernels
-from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetedMethod, matches, register
+from lightning_peft.adapters.rescaling import Rescaling
+from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, matches, register
 from lightning_peft.engine.limits import Patterns
 
 # customary names of key, value (or fused query-key-value) projections, and of second feed-forward layers
 _KEYS_VALUES = r".*\b(k|v|k_proj|v_proj|to_k|to_v|key|value|qkv|c_attn|query_key_value|in_proj_weight)"
 _FEEDFORWARD = r".*\b(down_proj|wo|fc2|w2|linear2|mlp\.c_proj|dense_4h_to_h|ff\.net\.2|\d+\.output\.dense)"
-
-
-class Rescaling(Adapter):
-    """Multiplies the output features of a linear layer, or its input features, by a trained vector."""
-
-    def __init__(self, target: Target, method: "IA3") -> None:
-        super().__init__()
-        self.on_input = method.is_feedforward(target)
-        self.scale = target.new_parameter(target.d_in if self.on_input else target.d_out)
-
-    def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
-        """All ones."""
-        self.scale.fill_(1)
-
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """layer(x * scale) on the input, layer(x) * scale on the output."""
-        return layer(kernels.scale_shift(x, self.scale)) if self.on_input else kernels.scale_shift(layer(x), self.scale)
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Columns times scale, or rows and bias times scale."""
-        if self.on_input:
-            return weight * self.scale, bias
-        return weight * self.scale[:, None], None if bias is None else bias * self.scale
 
 
 @register("ia3")
@@ -80,6 +54,10 @@ class IA3(TargetedMethod):
         """Whether the input of ``target`` is rescaled."""
         patterns = self.feedforward_modules
         return any(matches(p, target.name) for p in ((patterns,) if isinstance(patterns, str) else patterns))
+
+    def adapter(self, target: Target) -> Adapter:
+        """On the input or on the output."""
+        return Rescaling(target, self.is_feedforward(target))
 
     def num_trainable(self, target: Target) -> int:
         """d_in for feed-forward layers, else d_out."""

@@ -1,0 +1,5 @@
+"""Methods that were made for diffusion models."""
+
+from .difffit import DiffFit as DiffFit
+from .diffusekrona import DiffuseKronA as DiffuseKronA
+from .sara import SaRA as SaRA
