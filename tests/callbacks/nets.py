@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.methods.backbones import TinyBlocks
+
 
 class Lit(L.LightningModule):
     """Two linear layers with a BatchNorm, dropout and a head; built in ``where``."""
@@ -54,6 +56,21 @@ class Lit(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+
+
+class LitBlocks(Lit):
+    """For methods on blocks: thirteen tokens are made of a sample, and the answers to them averaged."""
+
+    def _build(self, where: str) -> None:
+        if where == self.hparams["where"] and not hasattr(self, "net"):
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                self.net = TinyBlocks()  # type: ignore[assignment]
+            self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = torch.linspace(0.5, 1.5, 13, dtype=x.dtype, device=x.device)
+        return self.dropout(self.net(x[:, None] * scales[:, None])).mean(1)
 
 
 class LitConfigured(Lit):

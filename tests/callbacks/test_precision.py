@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import PEFT, AdapterError, LoRA, disabled
 from lightning_peft.engine import METHODS, Method, adapters_of
-from tests.callbacks.nets import Lit, LitConfigured, StopAfterAnEpoch, loader, trainer
+from tests.callbacks.nets import Lit, LitBlocks, LitConfigured, StopAfterAnEpoch, loader, trainer
 from tests.methods.backbones import kept
 
 pytestmark = [
@@ -75,16 +75,18 @@ def test_adapters_and_their_optimizer_keep_single_precision(
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_method_trains_in_bfloat16_and_resumes_exactly(method: Method, tmp_path: Path) -> None:
+    cls = LitBlocks if method.needs_blocks else Lit
+
     def run(*callbacks: L.Callback, **resume: Any) -> tuple[Lit, list[float]]:
         torch.manual_seed(0)
-        module, losses = Lit(), Losses()
+        module, losses = cls(), Losses()
         options = {"max_epochs": 3, "precision": "bf16-true", "enable_checkpointing": bool(callbacks)}
         made = trainer(tmp_path, PEFT(method, summary=False), losses, *callbacks, **options)
         made.fit(module, loader(), loader(), **resume)
         return module, losses.seen
 
     through, seen = run()
-    start = Lit().bfloat16().state_dict()
+    start = cls().bfloat16().state_dict()
     assert any(key not in start or not torch.equal(start[key], v) for key, v in through.state_dict().items())
     assert all(value.isfinite().all() for value in (*through.parameters(), torch.tensor(seen)))
     assert {p.dtype for _, _, a in adapters_of(through) for p in a.parameters()} <= {torch.float32}
@@ -129,10 +131,11 @@ def scaled(device: str) -> dict[str, Any]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", CASES)
 def test_every_method_trains_with_a_gradient_scaler(method: Method, device: str, tmp_path: Path) -> None:
-    module, losses = Lit(), Losses()
+    cls = LitBlocks if method.needs_blocks else Lit
+    module, losses = cls(), Losses()
     options = {**scaled(device), "gradient_clip_val": 1.0, "max_epochs": 3}
     made = trainer(tmp_path, PEFT(method, summary=False), losses, **options)
-    start = {name: p.clone() for name, p in kept(Lit(), method).named_parameters()}
+    start = {name: p.clone() for name, p in kept(cls(), method).named_parameters()}
     made.fit(module, loader(), loader())
     assert made.scaler is not None
     assert 1 < made.scaler.get_scale() < 2**24

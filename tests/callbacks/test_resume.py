@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft import PEFT, LoRA
 from lightning_peft.engine import METHODS, Method
-from tests.callbacks.nets import Lit, StopAfterAnEpoch, loader, trainer
-from tests.methods.backbones import TinyBlocks
+from tests.callbacks.nets import Lit, LitBlocks, StopAfterAnEpoch, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -38,18 +37,8 @@ class Scheduled(Lit):
         return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 12), "interval": "step"}]
 
 
-class ScheduledBlocks(Scheduled):
-    """The same for methods on blocks: thirteen tokens are made of a sample, and their answers averaged."""
-
-    def _build(self, where: str) -> None:
-        if where == self.hparams["where"]:
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                self.net = TinyBlocks()
-            self.dropout = torch.nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.net(x[:, None] * torch.linspace(0.5, 1.5, 13)[:, None])).mean(1)
+class ScheduledBlocks(Scheduled, LitBlocks):
+    """The same for methods on blocks."""
 
 
 def module_for(method: Method) -> type[Lit]:

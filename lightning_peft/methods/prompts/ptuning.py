@@ -46,11 +46,12 @@ class Encoded(Prompt):
             uniform(parameter, self.lstm.hidden_size**-0.5, generator)  # type: ignore[union-attr]
 
     def forward(self) -> Tensor:
-        """(p, D)."""
-        x = self.table if self.lstm is None else self.lstm(self.table)[0]
-        for i, layer in enumerate(self.mlp):
-            x = layer(F.relu(x) if i else x)
-        return x
+        """(p, D), in the precision of the table: not every device has an LSTM in a lower one."""
+        with torch.autocast(self.table.device.type, enabled=False):
+            x = self.table if self.lstm is None else self.lstm(self.table)[0]
+            for i, layer in enumerate(self.mlp):
+                x = layer(F.relu(x) if i else x)
+            return x
 
 
 @register("ptuning")
