@@ -21,13 +21,17 @@ from lightning_peft.engine import Method
 
 _TASK = {"task_type": "CAUSAL_LM"}
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 PAIRS: list[tuple[Method, Any]] = [
     (LoRA(r=8), peft.LoraConfig(r=8, target_modules=_LINEAR, **_TASK)),
     (IA3(), peft.IA3Config(**_TASK)),
-    (LinearProbe(modules_to_save="LlamaRMSNorm"), peft.LNTuningConfig(target_modules="LlamaRMSNorm", **_TASK)),
+    (LinearProbe(modules_to_save="LlamaRMSNorm"), peft.LNTuningConfig(target_modules=_NORMS, **_TASK)),
     (PromptTuning(num_virtual_tokens=20), peft.PromptTuningConfig(num_virtual_tokens=20, **_TASK)),
     (PrefixTuning(num_virtual_tokens=20), peft.PrefixTuningConfig(num_virtual_tokens=20, **_TASK)),
-    (PTuning(num_virtual_tokens=20), peft.PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=256, **_TASK)),
+    (
+        PTuning(num_virtual_tokens=20, encoder_hidden_size=256),
+        peft.PromptEncoderConfig(num_virtual_tokens=20, encoder_hidden_size=256, **_TASK),
+    ),
 ]
 
 

@@ -110,11 +110,13 @@ def draw(results: dict[str, Any]) -> None:
     families = {row.cls.__name__: row.family for row in list_methods()}
     colours = {family: f"C{i}" for i, family in enumerate(dict.fromkeys(families[name] for name in results["rows"]))}
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    for name, row in results["rows"].items():
+    places = [(6, 4), (6, -10), (-6, 8), (-6, -12)]  # around the dot, in turn, so that neighbours can be read
+    for i, (name, row) in enumerate(sorted(results["rows"].items(), key=lambda item: item[1]["trainable"])):
         mean, colour = statistics.mean(row["scores"]), colours[families[name]]
         axes.plot([row["trainable"]] * 2, [min(row["scores"]), max(row["scores"])], color=colour, alpha=0.5)
         axes.scatter(row["trainable"], mean, s=40, color=colour)
-        axes.annotate(name, (row["trainable"], mean), textcoords="offset points", xytext=(6, 3), fontsize=7)
+        at, side = places[i % 4], "left" if i % 4 < 2 else "right"
+        axes.annotate(name, (row["trainable"], mean), textcoords="offset points", xytext=at, ha=side, fontsize=7)
     for family, colour in colours.items():
         axes.scatter([], [], color=colour, label=family)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy on held-out images [%]")
