@@ -34,10 +34,11 @@ def test_the_shares_are_a_partition_into_equal_parts(share: Any) -> None:
     assert not torch.equal(first.up_share, second.up_share)
 
 
+@pytest.mark.parametrize("merge", ["mean", "sum"])
 @pytest.mark.parametrize("share", ["down", "up", "none"])
-def test_training_is_that_of_masked_copies(share: Any) -> None:
-    """n copies with masked gradients, one of them drawn, and the masked sum of what they have learnt."""
-    method = MoSA(r=3, n=3, share=share, dropout=0.0, seed=4)
+def test_training_is_that_of_masked_copies(share: Any, merge: Any) -> None:
+    """n copies with masked gradients, one of them drawn, and the masked mean or sum of what they have learnt."""
+    method = MoSA(r=3, n=3, share=share, merge=merge, dropout=0.0, seed=4)
     model, plain = stack(method).train(), inject(tiny(method).double(), AdaptFormer(r=3, dropout=0.0)).train()
     theirs: list[Any] = [a for _, _, a in adapters_of(plain) if hasattr(a, "up")]
     copies: list[dict[str, list[Tensor]]] = []
@@ -73,7 +74,8 @@ def test_training_is_that_of_masked_copies(share: Any) -> None:
     for ours, each, first in zip(splits(model), copies, start, strict=True):
         for name, kept in each.items():
             shares = getattr(ours, f"{name}_share")
-            merged = first[name] + sum((shares == i) * (copy - first[name]) for i, copy in enumerate(kept))
+            learnt = sum((shares == i) * (copy - first[name]) for i, copy in enumerate(kept))
+            merged = first[name] + (learnt / 3 if merge == "mean" else learnt)
             torch.testing.assert_close(ours.eval().matrices()[name == "up"], merged)
             assert not torch.equal(merged, first[name])
 

@@ -3,13 +3,14 @@
 Paper:    Zhang et al., "Split & Merge: Unlocking the Potential of Visual Adapters via Sparse Training", 2023,
           arXiv:2312.02923.
 Formula:  as AdaptFormer, with W_i = W_0 + M_i * (W - W_0) in the place of a split matrix W: in training i is drawn
-          anew for each step, adapter and split matrix; in evaluation W, which is W_0 + sum_i M_i * (W - W_0)
+          anew for each step, adapter and split matrix; in evaluation W_0 + mean_i M_i * (W - W_0), or the sum
 Shapes:   as AdaptFormer; M_1, ..., M_n of the shape of W, of zeros and ones, which sum up to one everywhere
 Init:     W_0 as in AdaptFormer; M_i: the i-th of n equal shares of all entries in random order
 Merge:    not possible: f is not linear
 Deviates: the authors keep n copies of W and mask their gradients, so that copy i differs from W_0 in M_i alone; W and
           W_0 hold the same. Adam's moments and weight decay of entries that rest go on, where theirs wait, and they
-          draw i in each forward.
+          draw i in each forward. They add copies up (``merge="sum"``), though in training one acts alone: on the digits
+          of the demo, what is right in 79 % of cases in training is so in 27 % with the sum, in 79 % with the mean.
           Left out: the loss that compares the outputs of two draws, and masks of whole rows or columns.
 """
 
@@ -31,9 +32,9 @@ class SplitBottleneck(Bottleneck):
     choice: Tensor
     down_start: Tensor
 
-    def split(self, n: int, names: tuple[str, ...]) -> "SplitBottleneck":
-        """Split the matrices of these names into ``n`` shares."""
-        self.n, self.names = n, names
+    def split(self, n: int, names: tuple[str, ...], weight: float) -> "SplitBottleneck":
+        """Split the matrices of these names into ``n`` shares, which count by ``weight`` when they act together."""
+        self.n, self.names, self.weight = n, names, weight
         for name in names:
             matrix = getattr(self, name).detach()
             self.register_buffer(f"{name}_share", torch.zeros_like(matrix, dtype=torch.uint8))
@@ -59,10 +60,14 @@ class SplitBottleneck(Bottleneck):
 
     def _acting(self, name: str, choice: Tensor) -> Tensor:
         matrix = getattr(self, name)
-        if not self.training or name not in self.names:
+        if name not in self.names:
             return matrix
-        acts = (getattr(self, f"{name}_share") == choice) | (choice < 0)
-        return torch.where(acts, matrix, self.down_start if name == "down" else 0)
+        start: Any = self.down_start if name == "down" else 0
+        whole = matrix if self.weight == 1 else start + self.weight * (matrix - start)
+        if not self.training:
+            return whole
+        drawn = torch.where(getattr(self, f"{name}_share") == choice, matrix, start)
+        return torch.where(choice < 0, whole, drawn)
 
 
 @register("mosa")
@@ -74,6 +79,7 @@ class MoSA(AdaptFormer):
         n: number of shares.
         share: which matrix is common to all shares and not split: ``"down"`` (only U is split) as in the authors' runs,
             ``"up"``, or ``"none"``.
+        merge: how the shares act together in evaluation: their ``"mean"``, or the ``"sum"`` as in the authors' code.
         r: see `ParallelAdapter`; so for the arguments that follow it, and for errors.
         seed: of the draws.
 
@@ -85,7 +91,7 @@ class MoSA(AdaptFormer):
     >>> a.up_share.copy_(torch.tensor([[0, 1], [1, 0]])), a.up.data.fill_(3.0), a.choice.fill_(1)
     (tensor(...), tensor(...), tensor([1, 1]))
     >>> a.train().matrices()[1].tolist(), a.eval().matrices()[1].tolist()
-    ([[0.0, 3.0], [3.0, 0.0]], [[3.0, 3.0], [3.0, 3.0]])
+    ([[0.0, 3.0], [3.0, 0.0]], [[1.5, 1.5], [1.5, 1.5]])
     """
 
     paper: ClassVar[str] = "arXiv:2312.02923"
@@ -93,6 +99,7 @@ class MoSA(AdaptFormer):
 
     n: Count = 4
     share: Literal["down", "up", "none"] = "down"
+    merge: Literal["mean", "sum"] = "mean"
     r: Count = 16
     seed: int = 0
 
@@ -103,7 +110,8 @@ class MoSA(AdaptFormer):
     def bottleneck(self, target: Target, stash: Stash | None) -> Bottleneck:
         """One whose matrices are split."""
         whole: Any = super().bottleneck(target, stash)
-        return whole.split(self.n, tuple(name for name in ("down", "up") if name != self.share))
+        weight = 1 if self.merge == "sum" else 1 / self.n
+        return whole.split(self.n, tuple(name for name in ("down", "up") if name != self.share), weight)
 
     def on_train_batch_start(self, training: Training) -> None:
         """Draw the shares of this step."""
@@ -116,4 +124,4 @@ class MoSA(AdaptFormer):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         """With one matrix split, and with both."""
-        return cls(r=2, n=2, dropout=0.0), cls(r=3, n=3, share="none", dropout=0.0)
+        return cls(r=2, n=2, dropout=0.0), cls(r=3, n=3, share="none", merge="sum", dropout=0.0)
