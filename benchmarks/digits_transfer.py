@@ -101,28 +101,27 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """A dot for each method, a bar over its seeds."""
+    """One row for each method, those that train least at the top; a bar spans the seeds, a dot is their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     families = {row.cls.__name__: row.family for row in list_methods()}
-    colours = {family: f"C{i}" for i, family in enumerate(dict.fromkeys(families[name] for name in results["rows"]))}
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    places = [(6, 4), (6, -10), (-6, 8), (-6, -12)]  # around the dot, in turn, so that neighbours can be read
-    for i, (name, row) in enumerate(sorted(results["rows"].items(), key=lambda item: item[1]["trainable"])):
-        mean, colour = statistics.mean(row["scores"]), colours[families[name]]
-        axes.plot([row["trainable"]] * 2, [min(row["scores"]), max(row["scores"])], color=colour, alpha=0.5)
-        axes.scatter(row["trainable"], mean, s=40, color=colour)
-        at, side = places[i % 4], "left" if i % 4 < 2 else "right"
-        axes.annotate(name, (row["trainable"], mean), textcoords="offset points", xytext=at, ha=side, fontsize=7)
+    head = results["rows"]["LinearProbe"]["trainable"]
+    rows = sorted(results["rows"].items(), key=lambda item: item[1]["trainable"], reverse=True)
+    colours = {family: f"C{i}" for i, family in enumerate(dict.fromkeys(families[name] for name, _ in rows))}
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.26 * len(rows)), layout="constrained")
+    for y, (name, row) in enumerate(rows):
+        colour = colours[families[name]]
+        axes.plot([min(row["scores"]), max(row["scores"])], [y, y], color=colour, linewidth=2, alpha=0.5)
+        axes.plot(statistics.mean(row["scores"]), y, "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(rows)), [f"{name}  {row['trainable'] - head:,}" for name, row in rows], fontsize=8)
     for family, colour in colours.items():
-        axes.scatter([], [], color=colour, label=family)
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy on held-out images [%]")
-    axes.set_title("From upright digits 0-6 to inverted, rotated digits 0-9")
-    axes.set_xlim(right=axes.get_xlim()[1] * 2)
-    axes.grid(alpha=0.3)
+        axes.plot([], [], "o", color=colour, label=family)
+    axes.set(xlabel="accuracy on held-out images [%]", ylabel="method, and what it trains beside the head")
+    axes.set_title("From upright digits 0-6 to inverted, rotated digits 0-9", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(PICTURE, dpi=130)
 
