@@ -3,16 +3,21 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine import Adapter, AdapterError, Layer, Site, Target
+from lightning_peft.engine.limits import Limit
 
 Activation = Literal["relu", "gelu", "gelu_new", "swish", "tanh"]
 Start = Literal["bert", "identity"]
+Scaling = Annotated[
+    float | Literal["learned"],
+    Limit("not 0, or 'learned'", lambda v: v == "learned" or (isinstance(v, int | float) and v != 0)),
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

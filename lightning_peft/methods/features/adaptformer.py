@@ -12,11 +12,11 @@ Deviates: the branch reads what the last norm layer before the network was given
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from torch import nn
 
-from lightning_peft.adapters.bottleneck import Linked, linked
+from lightning_peft.adapters.bottleneck import Linked, Scaling, linked
 from lightning_peft.engine import register
 from lightning_peft.engine.limits import Probability
 from lightning_peft.engine.targets import module_target
@@ -52,7 +52,7 @@ class AdaptFormer(ParallelAdapter):
 
     paper: ClassVar[str] = "arXiv:2205.13535"
 
-    scaling: float | Literal["learned"] = 0.1
+    scaling: Scaling = 0.1
     dropout: Probability = 0.1
 
     def taps(self, model: nn.Module, sublayer: Sublayer) -> list[Linked]:

@@ -11,12 +11,12 @@ Deviates from the authors' code, which has f = GELU and a standard deviation of 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from torch import nn
 
-from lightning_peft.adapters.bottleneck import Activation, Bottleneck, Start
-from lightning_peft.engine import Adapter, Kind, Target, check_range, register
+from lightning_peft.adapters.bottleneck import Activation, Bottleneck, Scaling, Start
+from lightning_peft.engine import Adapter, Kind, Target, register
 from lightning_peft.engine.limits import Count, Probability
 from lightning_peft.parts.sublayers import SublayerKind, SublayerMethod
 
@@ -60,16 +60,10 @@ class HoulsbyAdapter(SublayerMethod):
 
     r: Count = 64
     activation: Activation = "swish"
-    scaling: float | Literal["learned"] = 1.0
+    scaling: Scaling = 1.0
     dropout: Probability = 0.0
     init: Start = "bert"
     train_norms: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_number = isinstance(self.scaling, int | float) and self.scaling != 0
-        who = type(self).__name__
-        check_range(who, "scaling", self.scaling, is_number or self.scaling == "learned", "not 0, or 'learned'")
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers that are named, or where the output of each sub-layer leaves."""

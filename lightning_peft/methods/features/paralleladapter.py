@@ -8,12 +8,12 @@ Merge:    not possible: f is not linear
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from torch import nn
 
-from lightning_peft.adapters.bottleneck import Activation, Bottleneck, Linked, Stash, linked, with_taps
-from lightning_peft.engine import Adapter, Kind, Target, check_range, register
+from lightning_peft.adapters.bottleneck import Activation, Bottleneck, Linked, Scaling, Stash, linked, with_taps
+from lightning_peft.engine import Adapter, Kind, Target, register
 from lightning_peft.engine.limits import Count, Probability
 from lightning_peft.parts.sublayers import Sublayer, SublayerMethod
 
@@ -55,14 +55,8 @@ class ParallelAdapter(SublayerMethod):
 
     r: Count = 64
     activation: Activation = "relu"
-    scaling: float | Literal["learned"] = 4.0
+    scaling: Scaling = 4.0
     dropout: Probability = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_number = isinstance(self.scaling, int | float) and self.scaling != 0
-        who = type(self).__name__
-        check_range(who, "scaling", self.scaling, is_number or self.scaling == "learned", "not 0, or 'learned'")
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The linear layers that are named; or each feed-forward network, behind taps at what its branch reads."""
