@@ -29,6 +29,8 @@ class Offset(Adapter):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         self.calls.append((layer.keyword, layer.arguments()))
+        self.below = layer.below
+        assert layer.is_base == (not layer.below)
         return layer(x) + self.offset
 
 
@@ -83,6 +85,14 @@ BY_POSITION: Any = lambda module, x: module(x, 2.0, shift=1.0)  # noqa: E731
 BY_NAME: Any = lambda module, x: module(x=x, scale=2.0, shift=1.0)  # noqa: E731
 
 
+def test_an_argument_that_comes_first_by_name_keeps_its_name() -> None:
+    model, x = Around(), torch.randn(2, 3)
+    how: Any = lambda module, x: module(scale=2.0, x=x)  # noqa: E731
+    expected = model(x, how)
+    inject(model, Offsets(names=("sized",)))
+    torch.testing.assert_close(model(x, how), expected + offset_of(model).offset)
+
+
 @pytest.mark.parametrize(("how", "keyword"), [(BY_POSITION, None), (BY_NAME, "x")])
 def test_an_adapter_sees_all_arguments_however_they_were_given(how: Any, keyword: str | None) -> None:
     model, x = Around(), torch.randn(2, 3)
@@ -92,6 +102,7 @@ def test_an_adapter_sees_all_arguments_however_they_were_given(how: Any, keyword
     below, above = (offset_of(model, name) for name in ("default", "above"))
     torch.testing.assert_close(model(x, how), expected + below.offset + above.offset)
     assert above.calls == below.calls == [(keyword, {"scale": 2.0, "shift": 1.0})]
+    assert (above.below, below.below) == ((below,), ())
 
 
 class Doubled(Offset):
@@ -147,6 +158,29 @@ def test_weights_below_a_module_adapter_are_those_of_the_base() -> None:
     inject(model, DoRA(r=2, target_modules="v_proj"), name="dora")
     ((_, _, dora),) = adapters_of(model, "dora")
     torch.testing.assert_close(dora.magnitude.flatten(), model.get_parameter("v_proj.weight").norm(dim=1))
+
+
+@pytest.mark.parametrize("order", [("around", "dora"), ("dora", "around")])
+def test_a_layer_and_the_module_that_it_is_are_adapted_together(order: tuple[str, str]) -> None:
+    base, x = tiny(), torch.randn(2, 11)
+    methods = {"around": Offsets(names=("v_proj",), width=5), "dora": DoRA(r=2, target_modules="v_proj")}
+    alone = inject(tiny(), methods["dora"], name="dora")
+    for name in order:
+        inject(base, methods[name], name=name)
+    for model in (alone, base):
+        ((_, _, dora),) = adapters_of(model, "dora")
+        nn.init.ones_(dora.lora_B)
+        nn.init.constant_(dora.magnitude, 2.0)
+    offset = offset_of(base, "around").offset
+    above = base.v_proj(x) - offset if order[0] == "dora" else None
+    layer = base.v_proj.adapters
+    assert list(layer) == list(order)
+    if above is not None:
+        torch.testing.assert_close(above, alone.v_proj(x))
+    else:  # DoRA rescales what lies below, the offset with it
+        rescaled = 2.0 / (base.v_proj.weight + dora.scaling * dora.lora_B @ dora.lora_A).norm(dim=1)
+        difference = base.v_proj(x) - alone.v_proj(x)
+        torch.testing.assert_close(difference, (rescaled * offset).expand_as(difference))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
