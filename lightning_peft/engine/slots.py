@@ -160,18 +160,20 @@ class Layer:
         kwargs: dict[str, Any] | None = None,
         keyword: str | None = None,
     ) -> None:
-        self.module, self.site, self._below, self._args, self._kwargs = module, site, below, args, kwargs or {}
-        self._keyword = keyword
+        self.module, self.site, self._below = module, site, below
+        self._args, self._kwargs, self._keyword = args, kwargs or {}, keyword
 
     def __call__(self, x: Any, **arguments: Any) -> Any:
         """The output for ``x``. ``arguments``, if there are any, take the place of all others of the call."""
-        args, kwargs = ((), arguments) if arguments else (self._args, self._kwargs)
+        args, kwargs, keyword = self._args, self._kwargs, self._keyword
+        if arguments:
+            args, kwargs = (), arguments
         if self._below:
             top = self._below[-1]
-            return top(x, Layer(self.module, top.site, self._below[:-1], args, kwargs, self._keyword))
-        if self._keyword is not None:
-            return _base_forward(self.module, **{self._keyword: x}, **kwargs)
-        return _base_forward(self.module, x, *args, **kwargs)
+            return top(x, Layer(self.module, top.site, self._below[:-1], args, kwargs, keyword))
+        if keyword is None:
+            return _base_forward(self.module, x, *args, **kwargs)
+        return _base_forward(self.module, **{keyword: x}, **kwargs)
 
     @property
     def below(self) -> tuple[Adapter, ...]:
@@ -301,7 +303,7 @@ class SequentialSlot(Slot):
 def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward that the module had before, with the effective values visible to it that it reads."""
     own = module.__dict__.get("_own_forward") or functools.partial(type(module)._slot_base.forward, module)
-    if any(owner._called for owner in module._calls):
+    if module._calls and any(owner._called for owner in module._calls):
         own = functools.partial(_call_layers, module, own)
     if module._live is None and not module._reads:
         return own(*args, **kwargs)
