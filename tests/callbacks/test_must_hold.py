@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFT, LoRA, inject, unload
+from lightning_peft import PEFT, VPT, LoRA, inject, unload
 from lightning_peft.engine import TargetError, adapters_of
-from tests.callbacks.nets import Lit, loader, trainer
+from tests.callbacks.nets import Lit, LitBlocks, loader, trainer
 
 
 def with_everything(calls: list[str]) -> nn.ModuleDict:
@@ -149,6 +149,13 @@ def test_layers_that_a_wildcard_selects_but_no_adapter_fits_are_in_the_table(
     for name, kind in left_out.items():
         assert any(f"net.{name} " in row and f" 1 │ {kind} " in row for row in rows), (name, rows)
     assert {name for name, _, _ in adapters_of(module)} == {"net.q_proj", "net.v_proj"}
+
+
+def test_like_blocks_share_a_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = VPT(num_virtual_tokens=3)
+    trainer(tmp_path, PEFT(method), max_steps=1).fit(LitBlocks(), loader(), loader())
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "net.blocks" in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["net.blocks.*", "2", "TinyBlock 12", "BlockTokens", "72"]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
