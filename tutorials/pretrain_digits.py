@@ -32,15 +32,20 @@ class AugmentedClassifier(ImageClassifier):
 
 
 def augment(images: Tensor) -> Tensor:
-    """Turn each image by up to 10 degrees, scale it by up to 10%, move it by up to 0.6 pixels, add noise."""
+    """Move each image a little, and add noise."""
+    images = jittered(images)
+    return images + 0.3 * torch.randn_like(images)
+
+
+def jittered(images: Tensor, pixels: float = 0.6) -> Tensor:
+    """Turn each image by up to 10 degrees, scale it by up to 10%, move it by up to so many ``pixels``."""
     angle, size, x, y = torch.empty(4, len(images)).uniform_(-1, 1)
     angle, size = angle * math.radians(10), 1 + 0.1 * size
-    reach = 0.6 * 2 / images.shape[-1]  # the coordinates of the grid run from -1 to 1
+    reach = pixels * 2 / images.shape[-1]  # the coordinates of the grid run from -1 to 1
     rows = [size * angle.cos(), -size * angle.sin(), reach * x, size * angle.sin(), size * angle.cos(), reach * y]
     maps = torch.stack(rows, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved + 0.3 * torch.randn_like(moved)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def save_sorted(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:

@@ -1,5 +1,7 @@
-"""Ready LightningModules and DataModules: images through timm, text through transformers, packed if you like."""
+"""Ready LightningModules and DataModules: timm's classifiers, diffusers' denoisers, transformers' language models."""
 
+from lightning_peft.recipes.denoising import Denoiser as Denoiser
+from lightning_peft.recipes.denoising import PicturesData as PicturesData
 from lightning_peft.recipes.images import DigitsData as DigitsData
 from lightning_peft.recipes.images import ImageClassifier as ImageClassifier
 from lightning_peft.recipes.packing import PackedData as PackedData

@@ -130,6 +130,9 @@ class DigitsData(SplitData):
             other adaptation.
         invert: exchange ink and paper.
         rotate: degrees counterclockwise, a multiple of 90.
+        size: pixels along a side; other sizes than 8 are interpolated.
+        thick: let the ink run over the next pixel on each side.
+        signed: pixels from -1 (paper) to 1 (ink), in place of mean 0 and deviation 1.
         batch_size: images per step.
         val_fraction: share of the validation split; the test split takes as much again.
         seed: decides the split and the order of the training images.
@@ -146,6 +149,9 @@ class DigitsData(SplitData):
         half: Literal["first", "second", "all"] = "all",
         invert: bool = False,
         rotate: int = 0,
+        size: int = 8,
+        thick: bool = False,
+        signed: bool = False,
         batch_size: int = 64,
         val_fraction: float = 0.15,
         seed: int = 0,
@@ -159,6 +165,7 @@ class DigitsData(SplitData):
         if rotate % 90:
             raise ValueError(f"DigitsData: rotate must be a multiple of 90 degrees, got {rotate}.")
         self.digits, self.half, self.invert, self.rotate = tuple(digits), half, invert, rotate
+        self.size, self.thick, self.signed = size, thick, signed
 
     def setup(self, stage: str | None = None) -> None:
         require("sklearn", extra="vision")
@@ -170,7 +177,7 @@ class DigitsData(SplitData):
         keep = slice({"second": middle}.get(self.half, 0), {"first": middle}.get(self.half))
         pixels, labels = torch.from_numpy(bunch.images[keep]).float(), torch.from_numpy(bunch.target[keep]).long()
         chosen = torch.isin(labels, torch.tensor(self.digits))
-        images, labels = _normalise(pixels[chosen], self.invert, self.rotate), labels[chosen]
+        images, labels = self._looks(pixels[chosen] / 16), labels[chosen]
 
         held_out = round(self.val_fraction * len(labels))
         rest, test = train_test_split(
@@ -182,8 +189,12 @@ class DigitsData(SplitData):
             for name, index in {"train": train, "val": val, "test": test}.items()
         }
 
-
-def _normalise(pixels: Tensor, invert: bool, rotate: int) -> Tensor:
-    """Turn ink values 0..16 (N, 8, 8) into images (N, 1, 8, 8); upright ink on paper gets mean 0 and deviation 1."""
-    ink = torch.rot90(16 - pixels if invert else pixels, rotate // 90, (-2, -1)) / 16
-    return ((ink - 0.305) / 0.376).unsqueeze(1)
+    def _looks(self, ink: Tensor) -> Tensor:
+        """Turn ink from 0 to 1 (N, 8, 8) into images (N, 1, size, size)."""
+        ink = ink.unsqueeze(1)
+        if self.size != 8:
+            ink = F.interpolate(ink, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        ink = F.max_pool2d(ink, 3, stride=1, padding=1) if self.thick else ink
+        ink = torch.rot90(1 - ink if self.invert else ink, self.rotate // 90, (-2, -1))
+        # the mean and the deviation of upright ink on paper
+        return 2 * ink - 1 if self.signed else (ink - 0.305) / 0.376
