@@ -1,6 +1,7 @@
 """A judge of generated digits: a small classifier, its accuracy, and the Frechet distance between its features."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from lightning_peft.recipes import DigitsData
+
+LOOKS: dict[str, dict[str, bool]] = {"upright": {}, "inverted": {"invert": True}, "thick": {"thick": True}}
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "judge_digits.safetensors"
 
 
@@ -48,6 +52,14 @@ def quality(judge: Judge, images: Tensor, labels: Tensor, real: Tensor) -> tuple
     distance.update(real, real=True)
     distance.update(images, real=False)
     return accuracy, distance.compute().item()
+
+
+def pictures(look: str, half: Any = "all", digits: tuple[int, ...] = tuple(range(10))) -> tuple[Tensor, Tensor]:
+    """All real images (N, 1, 16, 16) and labels (N,) of these digits in this look."""
+    data = DigitsData(digits=digits, half=half, size=16, signed=True, **LOOKS[look])  # type: ignore[arg-type]
+    data.setup()
+    parts = [split.tensors for split in data.splits.values()]  # type: ignore[attr-defined]
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 def train(images: Tensor, labels: Tensor, epochs: int = 30) -> Judge:

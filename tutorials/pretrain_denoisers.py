@@ -15,14 +15,12 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from pretrain_digits import jittered
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lightning_peft.callbacks import SampleImages
 from lightning_peft.recipes import Denoiser, DigitsData
 
 FOLDER = Path(__file__).parent / "checkpoints"
 DIGITS = tuple(range(7))
-LOOKS: dict[str, dict[str, bool]] = {"upright": {}, "inverted": {"invert": True}, "thick": {"thick": True}}
 DENOISERS: dict[str, dict[str, Any]] = {
     "dit_digits": {
         "model": "DiTTransformer2DModel",
@@ -93,7 +91,7 @@ def pretrain(name: str, epochs: int, seed: int) -> None:
 def train_judge(seed: int) -> None:
     """Train the judge on all digits in all looks, and write it."""
     L.seed_everything(seed)
-    looks = [digits("all", look) for look in LOOKS]
+    looks = [judge.pictures(look) for look in judge.LOOKS]
     order = torch.randperm(len(looks[0][1]))  # a digit is held out in all looks
     pixels, classes = (torch.stack([look[i][order] for look in looks]) for i in (0, 1))
     trained = judge.train(pixels[:, 300:].flatten(0, 1), classes[:, 300:].flatten())
@@ -102,14 +100,6 @@ def train_judge(seed: int) -> None:
     )
     save_file(trained.state_dict(), judge.CHECKPOINT)
     print(f"{judge.CHECKPOINT.name}: accuracy on unseen pictures {accuracy:.1%}")
-
-
-def digits(half: Any, look: str, chosen: tuple[int, ...] = tuple(range(10))) -> tuple[Tensor, Tensor]:
-    """All images and labels of ``half`` in this look."""
-    data = DigitsData(digits=chosen, half=half, size=16, signed=True, **LOOKS[look])  # type: ignore[arg-type]
-    data.setup()
-    parts = [split.tensors for split in data.splits.values()]  # type: ignore[attr-defined]
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 def main() -> None:

@@ -79,9 +79,18 @@ class Denoiser(L.LightningModule):
         # asked before anything is injected: an adapted model takes any argument
         self._conditions = _conditions(self.model, num_classes)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """The prediction (B, C, H, W) for ``noisy`` at ``timesteps`` (B,)."""
-        conditions = {name: _one_hot(labels, *shape, noisy.dtype) for name, shape in self._conditions.items()}
+    def image_embeds(self, images: Tensor) -> Tensor | None:
+        """Override it to show images (B, C, H, W) to the model beside the label, as (B, D); with ``IPAdapter``, say."""
+        return None
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor, embeds: Tensor | None = None) -> Tensor:
+        """The prediction (B, C, H, W) for ``noisy`` at ``timesteps`` (B,); without a class no image is shown."""
+        conditions: dict[str, Any] = {
+            name: _one_hot(labels, *shape, noisy.dtype) for name, shape in self._conditions.items()
+        }
+        if embeds is not None:
+            shown = (labels < self.num_classes).view(-1, 1) * embeds
+            conditions["added_cond_kwargs"] = {"image_embeds": shown.to(noisy.dtype)}
         prediction = self.model(noisy, timestep=timesteps, **conditions).sample
         return prediction[:, : noisy.shape[1]]  # some predict their variance beside it
 
@@ -108,31 +117,41 @@ class Denoiser(L.LightningModule):
         images, labels = batch
         dropped = torch.rand(len(labels), device=labels.device) < self.hparams["label_dropout"]
         noisy, timesteps, target = self.noised(images)
-        loss = F.mse_loss(self(noisy, timesteps, labels.masked_fill(dropped, self.num_classes)), target)
+        labels = labels.masked_fill(dropped, self.num_classes)
+        loss = F.mse_loss(self(noisy, timesteps, labels, self.image_embeds(images)), target)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         noisy, timesteps, target = self.noised(images, torch.Generator().manual_seed(batch_idx))
-        loss = F.mse_loss(self(noisy, timesteps, labels), target)
+        loss = F.mse_loss(self(noisy, timesteps, labels, self.image_embeds(images)), target)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(labels))
 
     @torch.no_grad()
-    def sample(self, labels: Sequence[int] | Tensor | None = None, *, seed: int = 0) -> Tensor:
-        """Pictures (B, C, H, W) from -1 to 1 of these classes, eight of each by default; the noise goes by ``seed``."""
+    def sample(
+        self, labels: Sequence[int] | Tensor | None = None, *, images: Tensor | None = None, seed: int = 0
+    ) -> Tensor:
+        """Pictures (B, C, H, W) from -1 to 1.
+
+        Args:
+            labels: their classes; eight of each by default.
+            images: (B, C, H, W), shown to the model by `image_embeds`.
+            seed: of the noise that they are made of.
+        """
         given = [label for label in range(self.num_classes) for _ in range(8)] if labels is None else labels
         classes = torch.as_tensor(given, device=self.device)
         config, scale = self.model.config, self.hparams["guidance_scale"]
         shape = (len(classes), config.in_channels, config.sample_size, config.sample_size)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.model.dtype)
-        scheduler = self._sampler()
+        scheduler, embeds = self._sampler(), None if images is None else self.image_embeds(images.to(x))
+        embeds = None if embeds is None else torch.cat([embeds, embeds])
         was_training = self.training
         self.eval()
         try:
             for t in scheduler.timesteps.to(self.device):
                 both = torch.cat([torch.full_like(classes, self.num_classes), classes])
-                without, with_class = self(torch.cat([x, x]), t.expand(len(both)), both).chunk(2)
+                without, with_class = self(torch.cat([x, x]), t.expand(len(both)), both, embeds).chunk(2)
                 x = scheduler.step(without + scale * (with_class - without), t, x, return_dict=False)[0]
         finally:
             self.train(was_training)
