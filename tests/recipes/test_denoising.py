@@ -159,6 +159,29 @@ def test_labels_are_told_as_classes_or_as_text() -> None:
         seen.clear()
 
 
+class Shown(Denoiser):
+    def image_embeds(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :2]
+
+
+def test_images_are_shown_but_where_no_class_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = denoiser("UNet2DConditionModel", sampling_steps=1, label_dropout=0.5), []
+    module.__class__ = Shown
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    module.model.register_forward_pre_hook(lambda m, args, given: seen.append(given), with_kwargs=True)
+    images = torch.arange(1.0, 129).view(2, 1, 8, 8)
+    shown = torch.tensor([[1.0, 2], [65, 66]])
+    module.sample([1, 2], images=images)
+    assert torch.equal(seen[-1]["added_cond_kwargs"]["image_embeds"], torch.cat([torch.zeros(2, 2), shown]))
+    module.validation_step((images, torch.tensor([1, 2])), 0)
+    assert torch.equal(seen[-1]["added_cond_kwargs"]["image_embeds"], shown)
+    torch.manual_seed(2)
+    module.training_step((images.repeat(8, 1, 1, 1), torch.tensor([1, 2]).repeat(8)), 0)
+    told = seen[-1]["encoder_hidden_states"][:, 1, 3] == 0
+    assert 0 < told.sum() < 16
+    assert torch.equal(seen[-1]["added_cond_kwargs"]["image_embeds"], shown.repeat(8, 1) * told[:, None])
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_as_many_labels_are_dropped_as_asked_for(share: float) -> None:
     module, seen = denoiser("UNet2DModel", label_dropout=share), []
