@@ -2,7 +2,7 @@
 
 Three tasks: inverted pictures, thick strokes (both of the digits that the base knows), and upright digits 7 to 9, where
 the pictures of 0 to 6 afterwards say what was forgotten. A judge (tutorials/judge.py) that has seen all looks tells in
-which share of the pictures it sees the digit that was asked for, and the Frechet distance of its features between 280
+which share of the pictures it sees the digit that was asked for, and the Frechet distance of its features between 140
 pictures and the real ones of that look. Each method tries the same learning rates on the first task and seed, keeps
 the one with the lowest error on validation images, and is measured with three seeds; a seed draws the adapters, the
 order of the images and all noise in training. LoRA and SaRA train the same number of parameters.
@@ -91,7 +91,7 @@ def fit(model: str, task: str, name: str, seed: int, lr: float) -> tuple[Denoise
 
 def judged(module: Denoiser, look: str, digits: tuple[int, ...]) -> tuple[float, float]:
     """Accuracy in percent and Frechet distance of its pictures of ``digits``, beside real ones of ``look``."""
-    labels = [digit for digit in digits for _ in range(280 // len(digits))]
+    labels = [digit for digit in digits for _ in range(140 // len(digits))]
     real, _ = pictures(look, "second", digits)
     accuracy, distance = quality(Judge.trained(), module.sample(labels, seed=100), torch.tensor(labels), real)
     return 100 * accuracy, distance
