@@ -101,7 +101,7 @@ def attention_targets(model: nn.Module, patterns: str | Sequence[str] | None, wh
             f"{who}: {base_class(model).__name__} holds no attention with projections to keys and values. Choose a "
             "method for its layers, such as LoRA."
         )
-    chosen = {name: module for name, module in found.items() if patterns is None and not _is_cross(name, module)}
+    chosen = {name: module for name, module in found.items() if patterns is None and not is_cross(name, module)}
     for pattern in as_patterns(patterns):
         hits = {name: module for name, module in found.items() if matches(pattern, name, module)}
         if not hits:
@@ -120,7 +120,8 @@ def attention_targets(model: nn.Module, patterns: str | Sequence[str] | None, wh
     return [module_target(model, n, widths_of(m).d_in) for n, m in found.items() if n in chosen]  # type: ignore[union-attr]
 
 
-def _is_cross(name: str, module: nn.Module) -> bool:
+def is_cross(name: str, module: nn.Module) -> bool:
+    """Whether the attention ``name`` looks at another sequence, by what it says or how it is called."""
     return bool(getattr(module, "is_cross_attention", False) or _CROSS.search(name))
 
 

@@ -165,9 +165,9 @@ class TinyConditioned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         steps = torch.arange(len(x), device=x.device) * 333 % 1000
+        text = self.text(x[:, :5].contiguous())  # of a view, torch computes another sum where a gradient is wanted
         image = {"image_embeds": x.mean(1)}
-        y = self.denoiser(self.embed(x), steps, encoder_hidden_states=self.text(x[:, :5]), added_cond_kwargs=image)
-        return self.head(y)
+        return self.head(self.denoiser(self.embed(x), steps, encoder_hidden_states=text, added_cond_kwargs=image))
 
 
 _NETS: dict[str, type[nn.Module]] = {"layers": Tiny, "blocks": TinyBlocks, "condition": TinyConditioned}
