@@ -30,27 +30,30 @@ _CROSS = re.compile(r"cross|encoder_attn|encdecattention|multihead_attn|\battn2\
 
 @dataclass(frozen=True)
 class Widths:
-    """Features that an attention takes (``d_in``), and those of all its keys and of all its values together."""
+    """Features that an attention takes (``d_in``), those of all its keys and of all its values together, and those of
+    what the keys are made of (``context``): another sequence, if it looks at one.
+    """
 
     d_in: int
     keys: int
     values: int
+    context: int
 
 
 def widths_of(module: nn.Module) -> Widths | None:
     """The widths of ``module`` if it is an attention, else None."""
     if isinstance(module, nn.MultiheadAttention):
-        return Widths(module.embed_dim, module.embed_dim, module.embed_dim)
+        return Widths(module.embed_dim, module.embed_dim, module.embed_dim, module.kdim)
     shapes = {name: shape for name, child in module.named_children() if (shape := _linear_shape(child)) is not None}
     query, key, value = (next((shapes[n] for n in names if n in shapes), None) for names in (_QUERY, _KEY, _VALUE))
     if key is not None and value is not None:
-        return Widths((query or key)[1], key[0], value[0])
+        return Widths((query or key)[1], key[0], value[0], key[1])
     fused = next((shapes[name] for name in _FUSED if name in shapes), None)
     if fused is None:
         return None
     d_out, d_in = fused
     keys = d_out // 2 if "q_attn" in shapes else _keys_in(module, d_out)
-    return Widths(d_in, keys, keys)
+    return Widths(d_in, keys, keys, d_in)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
