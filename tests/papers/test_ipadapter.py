@@ -97,7 +97,7 @@ def test_output_and_gradients_are_those_of_diffusers(embeds: Any, processor: str
     assert not torch.allclose(y, denoise_text(unet()), atol=1e-2)
     y.square().sum().backward()
     expected.square().sum().backward()
-    assert len(adapters_of(model)) == 4, "the denoiser and three cross-attentions"
+    assert len(adapters_of(model)) == 5, "the denoiser and four cross-attentions"
     for ours, other in pairs(model, reference):
         assert ours.grad.any()
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-5, atol=1e-6)
@@ -344,7 +344,7 @@ def test_attentions_of_other_forms_by_hand(options: dict[str, Any]) -> None:
     [
         ({"added_kv_proj_dim": 6}, "has a layer add_k_proj besides"),
         ({"norm_num_groups": 4}, "has a layer group_norm besides"),
-        ({"spatial_norm_dim": 4}, "has a layer spatial_norm besides"),
+        ({"spatial_norm_dim": 4, "query_dim": 32}, "has a layer spatial_norm besides"),
         ({"kv_heads": 1}, "shares keys between heads"),
         ({"qk_norm": "layer_norm_across_heads", "kv_heads": 3}, "normalises its queries over all heads"),
     ],
@@ -367,10 +367,12 @@ def test_an_attention_without_those_layers_is_refused() -> None:
 def test_models_without_a_place_for_an_image_are_refused() -> None:
     with pytest.raises(TargetError, match=r"DiTTransformer2DModel holds no module with cross-attentions .*\. Choose"):
         inject(dit(), METHOD)
-    settings = {**unet().config, "cross_attention_dim": (6, 5)}
-    with pytest.raises(TargetError, match=r"looks at tokens of 5 features, and .* at 6|of 6 features, and .* at 5"):
-        inject(diffusers.UNet2DConditionModel.from_config(settings), METHOD)
-    with pytest.raises(TargetError, match=r"'attn1' matched none of 3 cross-attentions.*names are like 'down_blocks"):
+    down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
+    settings = {"cross_attention_dim": (6, 5), "down_block_types": down, "up_block_types": up}
+    two = diffusers.UNet2DConditionModel.from_config({**unet().config, **settings})
+    with pytest.raises(TargetError, match=r"of 6 features, and 'down_blocks.1.* at 5. Name attentions"):
+        inject(two, METHOD)
+    with pytest.raises(TargetError, match=r"'attn1' matched none of 4 cross-attentions.*names are like 'down_blocks"):
         inject(unet(), IPAdapter(image_embed_dim=7, target_modules="attn1"))
 
 
