@@ -18,7 +18,11 @@ from tests.methods.backbones import TinyAttention, backbone
         ("encoder", ["layers.0.self_attn", "layers.1.self_attn"], Widths(12, 12, 12, 12)),
         ("vit", ["blocks.0.attn", "blocks.1.attn"], Widths(12, 12, 12, 12)),
         ("llama", ["model.layers.0.self_attn", "model.layers.1.self_attn"], Widths(12, 12, 12, 12)),
-        ("bert", ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"], Widths(12, 12, 12, 12)),
+        (
+            "bert",
+            ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"],
+            Widths(12, 12, 12, 12),
+        ),
         ("gpt2", ["transformer.h.0.attn", "transformer.h.1.attn"], Widths(12, 12, 12, 12)),
         ("dit", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"], Widths(12, 12, 12, 12)),
         ("resnet", [], None),
