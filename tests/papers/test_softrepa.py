@@ -143,6 +143,19 @@ def test_a_unet_follows_the_code_of_the_authors(stages: Any, masked: bool) -> No
     assert_same_gradients(source, parameters)
 
 
+def test_tokens_of_a_unet_stand_behind_the_beginning_of_the_text() -> None:
+    # attention answers the same wherever they stand, so this is looked up
+    model, seen = moved(inject(unet(), SoftREPA(num_times=None))), {}
+    for name, module in model.named_modules():
+        if name.endswith("attn2.to_k"):
+            module.register_forward_pre_hook(lambda _, args, place=name.split(".")[0]: seen.update({place: args[0]}))
+    call_unet(model)
+    tokens = model.adapters["default"].table.expand(4, -1, -1)
+    torch.testing.assert_close(seen["down_blocks"], torch.cat([TEXT[:, :1], tokens, TEXT[:, 1:]], dim=1))
+    assert torch.equal(seen["mid_block"], TEXT)
+    assert torch.equal(seen["up_blocks"], TEXT)
+
+
 def pixart() -> nn.Module:
     return built(
         "PixArtTransformer2DModel",
@@ -253,9 +266,8 @@ def test_guidance_gives_each_half_what_it_gets_alone(make: Any, call: Any) -> No
 
 
 @every_model
-@torch.no_grad()  # where gradients are wanted, torch computes some products in another order
 def test_nothing_is_left_behind(make: Any, call: Any) -> None:
-    base = make()
+    base = make().requires_grad_(False)  # of weights that train, torch computes some products in another order
     before, expected = snapshot(base), call(base)
     model = moved(inject(base, SoftREPA()))
     assert not torch.equal(call(model), expected)
