@@ -148,7 +148,8 @@ def test_tokens_of_a_unet_stand_behind_the_beginning_of_the_text() -> None:
     model, seen = moved(inject(unet(), SoftREPA(num_times=None))), {}
     for name, module in model.named_modules():
         if name.endswith("attn2.to_k"):
-            module.register_forward_pre_hook(lambda _, args, place=name.split(".")[0]: seen.update({place: args[0]}))
+            stage = name.partition(".")[0]
+            module.register_forward_pre_hook(lambda _, args, stage=stage: seen.update({stage: args[0]}))
     call_unet(model)
     tokens = model.adapters["default"].table.expand(4, -1, -1)
     torch.testing.assert_close(seen["down_blocks"], torch.cat([TEXT[:, :1], tokens, TEXT[:, 1:]], dim=1))
