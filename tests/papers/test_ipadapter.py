@@ -272,6 +272,13 @@ def test_activation_checkpoints_see_the_image_of_their_own_call() -> None:
         torch.testing.assert_close(again[name], grad, rtol=1e-6, atol=1e-8)
 
 
+def test_a_compiled_denoiser_computes_the_same() -> None:
+    torch._dynamo.reset()
+    model = moved(inject(unet(), METHOD))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(denoise(compiled), denoise(model))
+
+
 def test_autocast_keeps_the_parameters_and_the_answer() -> None:
     model = moved(inject(unet().float(), METHOD))
 

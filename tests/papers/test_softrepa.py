@@ -253,6 +253,14 @@ def test_activation_checkpoints_see_the_step_of_their_own_call(make: Any, call: 
 
 
 @every_model
+def test_a_compiled_denoiser_computes_the_same(make: Any, call: Any) -> None:
+    torch._dynamo.reset()
+    model = moved(inject(make(), SoftREPA()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(call(compiled), call(model))
+
+
+@every_model
 def test_guidance_gives_each_half_what_it_gets_alone(make: Any, call: Any) -> None:
     model, text = moved(inject(make(), SoftREPA())), torch.cat([torch.zeros_like(TEXT[:2]), TEXT[:2]])
 
