@@ -16,8 +16,17 @@ from lightning_peft.engine import Adapter, AdapterError, Layer, Target, TargetEr
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import base_modules, candidates, module_target
-from lightning_peft.parts.attention import find_attentions, is_cross, widths_of
-from lightning_peft.parts.condition import TEXT, call_with, entries, given_to, handed_through, joined, takes
+from lightning_peft.parts.attention import find_attentions, widths_of
+from lightning_peft.parts.condition import (
+    TEXT,
+    call_with,
+    cross_attentions,
+    entries,
+    given_to,
+    handed_through,
+    joined,
+    takes,
+)
 from lightning_peft.parts.tokens import ROTARY, parameters_of
 
 _TIME = "timestep"
@@ -38,7 +47,7 @@ class SoftTarget(Target):
     """The denoiser, which makes the tokens, or a block that sees some of them.
 
     Args:
-        index: the how manieth of the blocks; None for the denoiser.
+        index: place among the blocks that look at the text; None for the denoiser.
         start: tokens of the text that stay in front of them.
         context: C, features of the text in the blocks.
         given: features of the text as the denoiser is given it, and of a token in the table.
@@ -150,11 +159,13 @@ def _context(denoiser: nn.Module, names: Sequence[str], who: str) -> int:
     """The features of the text that the blocks ``names`` look at."""
     found = set()
     for name in names:
-        for key, attention in find_attentions(denoiser.get_submodule(name)).items():
+        block = denoiser.get_submodule(name)
+        crossing = cross_attentions(block)
+        for key, attention in find_attentions(block).items():
             added = getattr(attention, "add_k_proj", None)
-            if isinstance(added, nn.Module):  # it looks at a text beside what it looks at as others do
+            if isinstance(added, nn.Module):  # it looks at the text beside what it looks at as others do
                 found.add(candidates(added)[0].d_in)
-            elif is_cross(f"{name}.{key}", attention):
+            elif key in crossing:
                 found.add(widths_of(attention).context)  # type: ignore[union-attr]  # it is an attention
     if len(found) != 1:
         widths = ", ".join(map(str, sorted(found))) or "no"

@@ -272,10 +272,10 @@ def test_activation_checkpoints_see_the_image_of_their_own_call() -> None:
         torch.testing.assert_close(again[name], grad, rtol=1e-6, atol=1e-8)
 
 
-def test_a_compiled_denoiser_computes_the_same() -> None:
+def test_a_denoiser_is_traced_as_one_graph() -> None:
     torch._dynamo.reset()
     model = moved(inject(unet(), METHOD))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(denoise(compiled), denoise(model))
 
 
@@ -381,6 +381,16 @@ def test_models_without_a_place_for_an_image_are_refused() -> None:
         inject(two, METHOD)
     with pytest.raises(TargetError, match=r"'attn1' matched none of 4 cross-attentions.*names are like 'down_blocks"):
         inject(unet(), IPAdapter(image_embed_dim=7, target_modules="attn1"))
+
+
+def test_an_attention_that_looks_at_itself_alone_is_left_out() -> None:
+    # by the name of its place it would look at the text
+    base = unet()
+    block = base.mid_block.attentions[0].transformer_blocks[0]
+    block.attn2 = processors.Attention(query_dim=12, heads=3, dim_head=4).double()
+    found = [target.name for target in METHOD.targets(base)]
+    assert len(found) == 4
+    assert not any(name.startswith("mid_block") for name in found)
 
 
 def test_of_several_denoisers_one_is_named() -> None:
