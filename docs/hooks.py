@@ -74,10 +74,10 @@ def readme_table() -> str:
 def trained(cls: type[Method]) -> str:
     """What trains by default: base parameters as the method describes them, or numbers per layer by its formula."""
     if "trained_in_place" in vars(cls):
-        beside = f"{_summary(_count(cls))}; in place " if cls.needs_blocks else ""
+        beside = f"{_summary(_count(cls))}; in place " if cls.acts_on != "layers" else ""
         return beside + _summary(cls.trained_in_place)
     head = " and the head" if getattr(cls, "modules_to_save", ()) == "output-head" else ""
-    where = "" if cls.needs_blocks else " per layer"
+    where = " per layer" if cls.acts_on == "layers" else ""
     return f"{_summary(_count(cls))}{where}{head}"
 
 

@@ -15,6 +15,7 @@ from lightning_peft.interop import load_adapter as load_adapter
 from lightning_peft.interop import save_adapter as save_adapter
 from lightning_peft.methods import *  # noqa: F403
 from lightning_peft.parts.losses import InvertedHingeLoss as InvertedHingeLoss
+from lightning_peft.parts.losses import contrastive_denoising_loss as contrastive_denoising_loss
 from lightning_peft.strategies import PEFTDDPStrategy as PEFTDDPStrategy
 from lightning_peft.strategies import PEFTFederatedStrategy as PEFTFederatedStrategy
 from lightning_peft.strategies import PEFTFSDPStrategy as PEFTFSDPStrategy

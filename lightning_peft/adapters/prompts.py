@@ -345,7 +345,7 @@ class PromptMethod(MethodWithHead):
 
     modalities: ClassVar = ("text",)
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Tokens}
-    needs_blocks: ClassVar[bool] = True
+    acts_on: ClassVar = "blocks"
     identity_at_init: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 

@@ -282,7 +282,7 @@ class SideMethod(MethodWithHead):
 
     tap_type: ClassVar[type[Quiet]] = Quiet
     attends: ClassVar[bool] = False  # whether the side network looks from one token to another
-    needs_blocks: ClassVar[bool] = True
+    acts_on: ClassVar = "blocks"
     mergeable: ClassVar[bool] = False
 
     taps: Patterns | None = None

@@ -30,7 +30,8 @@ class Method(ABC):
         paper: where it comes from.
         modalities: what it is meant for; it may work elsewhere.
         adapter_types: layer kind -> adapter class that sits on it; empty for methods that only train base parameters.
-        needs_blocks: it acts on the blocks of a model, or on all of it, where others act on single layers.
+        acts_on: single layers; or the blocks of a model, or all of it; or what a model is given beside its input, such
+            as a text or the step of a diffusion (``"condition"``).
         identity_at_init: the adapted model answers as the base model before the first step.
         mergeable: the change can be folded into the base weights.
         keeps_base: a copy of the base value is kept of each parameter trained in place, so that ``disabled`` and
@@ -46,7 +47,7 @@ class Method(ABC):
     paper: ClassVar[str]
     modalities: ClassVar[tuple[Modality, ...]] = ("vision", "text", "diffusion")
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {}
-    needs_blocks: ClassVar[bool] = False
+    acts_on: ClassVar[Literal["layers", "blocks", "condition"]] = "layers"
     identity_at_init: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = True
@@ -59,7 +60,9 @@ class Method(ABC):
     def examples(cls) -> tuple[Self, ...]:
         """Small instances for a net with layers ``q_proj``, ``v_proj`` and ``head``; the tests run over them.
 
-        Of a method that `needs_blocks`, for a stack of two transformer blocks with a class token, 12 features wide.
+        Of a method that acts on blocks, for a stack of two transformer blocks with a class token, 12 features wide. Of
+        one that acts on a condition, for two blocks of the same width that look at a text, in a denoiser that takes
+        ``encoder_hidden_states``, ``timestep`` and ``added_cond_kwargs``, image embeddings of 7 features among them.
         """
 
     def __post_init__(self) -> None:
@@ -211,7 +214,7 @@ class HostedMethod(Method):
         steady = "a method that does not choose by itself what trains when"
         check_range(type(self).__name__, "method", host, not host.switches, steady)
         object.__setattr__(self, "method", host)
-        for fact in ("needs_blocks", "identity_at_init", "mergeable", "keeps_base", "changes_base", "calibrated"):
+        for fact in ("acts_on", "identity_at_init", "mergeable", "keeps_base", "changes_base", "calibrated"):
             object.__setattr__(self, fact, getattr(host, fact))
 
     @property

@@ -30,27 +30,30 @@ _CROSS = re.compile(r"cross|encoder_attn|encdecattention|multihead_attn|\battn2\
 
 @dataclass(frozen=True)
 class Widths:
-    """Features that an attention takes (``d_in``), and those of all its keys and of all its values together."""
+    """Features that an attention takes (``d_in``), those of all its keys and of all its values together, and those of
+    what the keys are made of (``context``): another sequence, if it looks at one.
+    """
 
     d_in: int
     keys: int
     values: int
+    context: int
 
 
 def widths_of(module: nn.Module) -> Widths | None:
     """The widths of ``module`` if it is an attention, else None."""
     if isinstance(module, nn.MultiheadAttention):
-        return Widths(module.embed_dim, module.embed_dim, module.embed_dim)
+        return Widths(module.embed_dim, module.embed_dim, module.embed_dim, module.kdim)
     shapes = {name: shape for name, child in module.named_children() if (shape := _linear_shape(child)) is not None}
     query, key, value = (next((shapes[n] for n in names if n in shapes), None) for names in (_QUERY, _KEY, _VALUE))
     if key is not None and value is not None:
-        return Widths((query or key)[1], key[0], value[0])
+        return Widths((query or key)[1], key[0], value[0], key[1])
     fused = next((shapes[name] for name in _FUSED if name in shapes), None)
     if fused is None:
         return None
     d_out, d_in = fused
     keys = d_out // 2 if "q_attn" in shapes else _keys_in(module, d_out)
-    return Widths(d_in, keys, keys)
+    return Widths(d_in, keys, keys, d_in)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -101,7 +104,7 @@ def attention_targets(model: nn.Module, patterns: str | Sequence[str] | None, wh
             f"{who}: {base_class(model).__name__} holds no attention with projections to keys and values. Choose a "
             "method for its layers, such as LoRA."
         )
-    chosen = {name: module for name, module in found.items() if patterns is None and not _is_cross(name, module)}
+    chosen = {name: module for name, module in found.items() if patterns is None and not is_cross(name, module)}
     for pattern in as_patterns(patterns):
         hits = {name: module for name, module in found.items() if matches(pattern, name, module)}
         if not hits:
@@ -120,7 +123,8 @@ def attention_targets(model: nn.Module, patterns: str | Sequence[str] | None, wh
     return [module_target(model, n, widths_of(m).d_in) for n, m in found.items() if n in chosen]  # type: ignore[union-attr]
 
 
-def _is_cross(name: str, module: nn.Module) -> bool:
+def is_cross(name: str, module: nn.Module) -> bool:
+    """Whether the attention ``name`` looks at another sequence, by what it says or how it is called."""
     return bool(getattr(module, "is_cross_attention", False) or _CROSS.search(name))
 
 

@@ -112,7 +112,7 @@ class SublayerMethod(TargetedMethod):
         layers: the kinds of layers that can be named in ``target_modules``.
     """
 
-    needs_blocks: ClassVar[bool] = True
+    acts_on: ClassVar = "blocks"
     sublayers: ClassVar[tuple[SublayerKind, ...]] = ("feedforward",)
     each_sublayer: ClassVar[bool] = True
     layers: ClassVar[tuple[Kind, ...]] = ("linear", "conv")

@@ -20,7 +20,7 @@ _CLASS_TOKENS = frozenset(
     {"cls_token", "class_token", "class_embedding", "dist_token", "distillation_token", "reg_token", "register_tokens"}
 )
 _POSITIONS = re.compile(r"\b(wpe|(embed_)?positions?(_embeddings?)?|position_embedding)$")
-_ROTARY = re.compile(r"rope|rotary|position_embeddings|freqs|position_bias")
+ROTARY = re.compile(r"rope|rotary|position_embeddings|freqs|position_bias")
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def _check_block(model: nn.Module, name: str, attentions: list[nn.Module], who: 
             "choose a method for the layers, such as LoRA."
         )
     given = parameters_of(block)
-    rotary = [n for n in given if _ROTARY.search(n)]
-    if rotary and any(_ROTARY.search(n.rpartition(".")[2]) for n, _ in model.named_modules()):
+    rotary = [n for n in given if ROTARY.search(n)]
+    if rotary and any(ROTARY.search(n.rpartition(".")[2]) for n, _ in model.named_modules()):
         raise TargetError(
             f"{who}: {name!r} is given a table of positions ({rotary[0]}) made for its tokens alone. Use PrefixTuning, "
             "or PromptTuning where the model embeds ids."

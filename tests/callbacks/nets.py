@@ -1,6 +1,6 @@
 """A LightningModule that builds its model where it is told to, and data that it can learn."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.methods.backbones import TinyBlocks
+from lightning_peft.engine import Method
+from tests.methods.backbones import TinyBlocks, TinyConditioned
 
 
 class Lit(L.LightningModule):
@@ -61,16 +62,29 @@ class Lit(L.LightningModule):
 class LitBlocks(Lit):
     """For methods on blocks: thirteen tokens are made of a sample, and the answers to them averaged."""
 
+    net_class: ClassVar[type[nn.Module]] = TinyBlocks
+
     def _build(self, where: str) -> None:
         if where == self.hparams["where"] and not hasattr(self, "net"):
             with torch.random.fork_rng():
                 torch.manual_seed(1)
-                self.net = TinyBlocks()  # type: ignore[assignment]
+                self.net = self.net_class()  # type: ignore[assignment]
             self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         scales = torch.linspace(0.5, 1.5, 13, dtype=x.dtype, device=x.device)
         return self.dropout(self.net(x[:, None] * scales[:, None])).mean(1)
+
+
+class LitConditioned(LitBlocks):
+    """The same for methods on a condition."""
+
+    net_class = TinyConditioned
+
+
+def lit_for(method: Method) -> type[Lit]:
+    """The module that the examples of ``method`` are for."""
+    return {"layers": Lit, "blocks": LitBlocks, "condition": LitConditioned}[method.acts_on]
 
 
 class LitConfigured(Lit):

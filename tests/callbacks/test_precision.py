@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import PEFT, AdapterError, LoRA, disabled
 from lightning_peft.engine import METHODS, Method, adapters_of
-from tests.callbacks.nets import Lit, LitBlocks, LitConfigured, StopAfterAnEpoch, loader, trainer
+from tests.callbacks.nets import Lit, LitConfigured, StopAfterAnEpoch, lit_for, loader, trainer
 from tests.methods.backbones import kept
 
 pytestmark = [
@@ -75,7 +75,7 @@ def test_adapters_and_their_optimizer_keep_single_precision(
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_method_trains_in_bfloat16_and_resumes_exactly(method: Method, tmp_path: Path) -> None:
-    cls = LitBlocks if method.needs_blocks else Lit
+    cls = lit_for(method)
 
     def run(*callbacks: L.Callback, **resume: Any) -> tuple[Lit, list[float]]:
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def scaled(device: str) -> dict[str, Any]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", CASES)
 def test_every_method_trains_with_a_gradient_scaler(method: Method, device: str, tmp_path: Path) -> None:
-    cls = LitBlocks if method.needs_blocks else Lit
+    cls = lit_for(method)
     module, losses = cls(), Losses()
     options = {**scaled(device), "gradient_clip_val": 1.0, "max_epochs": 3}
     made = trainer(tmp_path, PEFT(method, summary=False), losses, **options)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_peft import PEFT, LoRA
 from lightning_peft.engine import METHODS, Method
-from tests.callbacks.nets import Lit, LitBlocks, StopAfterAnEpoch, loader, trainer
+from tests.callbacks.nets import Lit, LitBlocks, LitConditioned, StopAfterAnEpoch, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
@@ -41,8 +41,12 @@ class ScheduledBlocks(Scheduled, LitBlocks):
     """The same for methods on blocks."""
 
 
+class ScheduledConditioned(Scheduled, LitConditioned):
+    """The same for methods on a condition."""
+
+
 def module_for(method: Method) -> type[Lit]:
-    return ScheduledBlocks if method.needs_blocks else Scheduled
+    return {"layers": Scheduled, "blocks": ScheduledBlocks, "condition": ScheduledConditioned}[method.acts_on]
 
 
 def shuffled() -> DataLoader:

@@ -77,11 +77,107 @@ class TinyBlocks(nn.Module):
         return self.head(x[:, 1:] + x[:, :1])
 
 
+class TinyCrossAttention(nn.Module):
+    """Attention with 3 heads of 4 features, to another sequence if one is given; the names are those of diffusers."""
+
+    heads = 3
+
+    def __init__(self, d_context: int) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(12, 12, bias=False), nn.Linear(d_context, 12, bias=False)
+        self.to_v, self.to_out = nn.Linear(d_context, 12, bias=False), nn.ModuleList([nn.Linear(12, 12)])
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **cross_attention_kwargs: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TinyTextBlock(nn.Module):
+    """A transformer block that looks at itself, and then at a text 10 features wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(12), TinyCrossAttention(12)
+        self.norm2, self.attn2 = nn.LayerNorm(12), TinyCrossAttention(10)
+        self.norm3, self.ff = nn.LayerNorm(12), nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        more = cross_attention_kwargs or {}
+        x = hidden_states + temb[:, None]
+        x = x + self.attn1(self.norm1(x), **more)
+        x = x + self.attn2(self.norm2(x), encoder_hidden_states=encoder_hidden_states, **more)
+        return x + self.ff(self.norm3(x))
+
+
+class TinyDenoiser(nn.Module):
+    """Two such blocks, and a table of time steps."""
+
+    checkpointed = False  # whether blocks are computed again in the backward pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Embedding(10, 12)
+        self.blocks = nn.ModuleList([TinyTextBlock(), TinyTextBlock()])
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        given = (encoder_hidden_states, self.time(timestep // 100), cross_attention_kwargs)
+        for block in self.blocks:
+            sample = (
+                checkpoint(block, sample, *given, use_reentrant=False) if self.checkpointed else block(sample, *given)
+            )
+        return sample
+
+
+class TinyConditioned(nn.Module):
+    """A denoiser that is told a text, a time step and an image, all made of the tokens that it denoises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.text = nn.Linear(7, 12), nn.Linear(7, 10)
+        self.denoiser = TinyDenoiser()
+        self.head = nn.Linear(12, 3)
+        self.embed.bias.requires_grad_(False)
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.denoiser.checkpointed
+
+    @checkpointed.setter
+    def checkpointed(self, value: bool) -> None:
+        self.denoiser.checkpointed = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(len(x), device=x.device) * 333 % 1000
+        text = self.text(x[:, :5].contiguous())  # of a view, torch computes another sum where a gradient is wanted
+        image = {"image_embeds": x.mean(1)}
+        return self.head(self.denoiser(self.embed(x), steps, encoder_hidden_states=text, added_cond_kwargs=image))
+
+
+_NETS: dict[str, type[nn.Module]] = {"layers": Tiny, "blocks": TinyBlocks, "condition": TinyConditioned}
+
+
 def tiny(method: Method | None = None) -> nn.Module:
     """The net that the examples of ``method`` are for; the same weights at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return (TinyBlocks() if method is not None and method.needs_blocks else Tiny()).eval()
+        return _NETS["layers" if method is None else method.acts_on]().eval()
 
 
 def moved(model: nn.Module, seed: int = 2) -> nn.Module:
@@ -259,6 +355,29 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = 
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         ),
         lambda model: model(_noise(2, 3, 8, 8), torch.tensor([3, 5])).sample,
+    ),
+    "unet_text": (
+        _diffusers(
+            "UNet2DConditionModel",
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(8, 12),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=6,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        lambda model: (
+            model(
+                _noise(2, 3, 8, 8),
+                torch.tensor([3, 505]),
+                encoder_hidden_states=_noise(2, 5, 6),
+                added_cond_kwargs={"image_embeds": _noise(2, 1024)},
+            ).sample
+        ),
     ),
     "dit": (
         _diffusers(

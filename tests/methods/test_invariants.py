@@ -263,7 +263,7 @@ def test_autocast_computes_nearly_the_same(method: Method, x: Tensor) -> None:
     assert {p.grad.dtype for p in trainable(model).values() if p.grad is not None} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", [case for case in CASES if case.values[0].needs_blocks])
+@pytest.mark.parametrize("method", [case for case in CASES if case.values[0].acts_on != "layers"])
 def test_activation_checkpoints_change_no_gradient(method: Method, x: Tensor) -> None:
     models = [adapted(method), adapted(method)]
     models[1].checkpointed = True  # type: ignore[assignment]  # mypy takes every attribute of a module for a child

@@ -15,12 +15,16 @@ from tests.methods.backbones import TinyAttention, backbone
 @pytest.mark.parametrize(
     ("name", "attentions", "widths"),
     [
-        ("encoder", ["layers.0.self_attn", "layers.1.self_attn"], Widths(12, 12, 12)),
-        ("vit", ["blocks.0.attn", "blocks.1.attn"], Widths(12, 12, 12)),
-        ("llama", ["model.layers.0.self_attn", "model.layers.1.self_attn"], Widths(12, 12, 12)),
-        ("bert", ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"], Widths(12, 12, 12)),
-        ("gpt2", ["transformer.h.0.attn", "transformer.h.1.attn"], Widths(12, 12, 12)),
-        ("dit", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"], Widths(12, 12, 12)),
+        ("encoder", ["layers.0.self_attn", "layers.1.self_attn"], Widths(12, 12, 12, 12)),
+        ("vit", ["blocks.0.attn", "blocks.1.attn"], Widths(12, 12, 12, 12)),
+        ("llama", ["model.layers.0.self_attn", "model.layers.1.self_attn"], Widths(12, 12, 12, 12)),
+        (
+            "bert",
+            ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.1.attention.self"],
+            Widths(12, 12, 12, 12),
+        ),
+        ("gpt2", ["transformer.h.0.attn", "transformer.h.1.attn"], Widths(12, 12, 12, 12)),
+        ("dit", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"], Widths(12, 12, 12, 12)),
         ("resnet", [], None),
         ("mixer", [], None),
     ],
@@ -48,15 +52,18 @@ class Grouped(nn.Module):
 
 
 def test_fewer_heads_of_keys_are_told_from_the_projections() -> None:
-    assert widths_of(Grouped(False, True)) == Widths(10, 8, 6)
-    assert widths_of(Grouped(True, True)) == widths_of(Grouped(True, False)) == Widths(10, 8, 8)
+    assert widths_of(Grouped(False, True)) == Widths(10, 8, 6, 10)
+    assert widths_of(Grouped(True, True)) == widths_of(Grouped(True, False)) == Widths(10, 8, 8, 10)
     many = Grouped(True, True)
     many.num_heads, many.num_key_value_heads = 6, None
-    assert widths_of(many) == Widths(10, 8, 8)
+    assert widths_of(many) == Widths(10, 8, 8, 10)
     many.head_dim = None
-    assert widths_of(many) == Widths(10, 40 // 3, 40 // 3)
+    assert widths_of(many) == Widths(10, 40 // 3, 40 // 3, 10)
     cross = nn.ModuleDict({"c_attn": nn.Linear(6, 12), "q_attn": nn.Linear(6, 6)})
-    assert widths_of(cross) == Widths(6, 6, 6)
+    assert widths_of(cross) == Widths(6, 6, 6, 6)
+    text = {"to_q": nn.Linear(12, 8), "to_k": nn.Linear(6, 8), "to_v": nn.Linear(6, 8)}
+    assert widths_of(nn.ModuleDict(text)) == Widths(12, 8, 8, 6)
+    assert widths_of(nn.MultiheadAttention(12, 2, kdim=6, vdim=6)) == Widths(12, 12, 12, 6)
     assert widths_of(nn.ModuleDict({"key": nn.Linear(3, 4)})) is None
     assert widths_of(nn.ModuleDict({"key": nn.ReLU(), "value": nn.ReLU()})) is None
 

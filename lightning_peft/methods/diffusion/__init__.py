@@ -2,4 +2,6 @@
 
 from .difffit import DiffFit as DiffFit
 from .diffusekrona import DiffuseKronA as DiffuseKronA
+from .ipadapter import IPAdapter as IPAdapter
 from .sara import SaRA as SaRA
+from .softrepa import SoftREPA as SoftREPA

@@ -59,7 +59,7 @@ class PrefixTuning(MethodWithHead):
 
     paper: ClassVar[str] = "arXiv:2101.00190"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Prefix}
-    needs_blocks: ClassVar[bool] = True
+    acts_on: ClassVar = "blocks"
     identity_at_init: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 

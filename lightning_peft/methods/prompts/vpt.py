@@ -71,7 +71,7 @@ class VPT(MethodWithHead):
     paper: ClassVar[str] = "arXiv:2203.12119"
     modalities: ClassVar = ("vision",)
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Tokens}
-    needs_blocks: ClassVar[bool] = True
+    acts_on: ClassVar = "blocks"
     identity_at_init: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 

@@ -55,7 +55,7 @@ class PYRA(MethodWithHead):
     paper: ClassVar[str] = "arXiv:2403.09192"
     modalities: ClassVar = ("vision",)
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"module": Merge}
-    needs_blocks: ClassVar[bool] = True
+    acts_on: ClassVar = "blocks"
     identity_at_init: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
