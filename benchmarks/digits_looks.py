@@ -5,7 +5,8 @@ the pictures of 0 to 6 afterwards say what was forgotten. A judge (tutorials/jud
 which share of the pictures it sees the digit that was asked for, and the Frechet distance of its features between 140
 pictures and the real ones of that look. Each method tries the same learning rates on the first task and seed, keeps
 the one with the lowest error on validation images, and is measured with three seeds; a seed draws the adapters, the
-order of the images and all noise in training. LoRA and SaRA train the same number of parameters.
+order of the images and all noise in training. LoRA and SaRA train the same number of parameters. IPAdapter is shown
+real pictures, in training the one that it takes the noise off; SoftREPA trains by the denoising loss, as all do.
 
 ``python -m benchmarks.digits_looks`` measures, and writes benchmarks/results/digits_looks.json, the picture and
 the table of docs/diffusion.md; ``--plot`` draws from what is there; ``--models`` and ``--methods`` replace these
@@ -14,7 +15,6 @@ lines.
 
 import argparse
 import base64
-import itertools
 import json
 import logging
 import multiprocessing
@@ -33,7 +33,20 @@ from tqdm import tqdm
 
 from benchmarks.__main__ import hardware
 from benchmarks.report import replace_between
-from lightning_peft import PEFT, BitFit, DiffFit, DiffuseKronA, DoRA, FullFineTuning, LoHa, LoKr, LoRA, SaRA
+from lightning_peft import (
+    PEFT,
+    BitFit,
+    DiffFit,
+    DiffuseKronA,
+    DoRA,
+    FullFineTuning,
+    IPAdapter,
+    LoHa,
+    LoKr,
+    LoRA,
+    SaRA,
+    SoftREPA,
+)
 from lightning_peft.callbacks import image_grid
 from lightning_peft.callbacks.table import trainable_share
 from lightning_peft.engine import Method
@@ -51,15 +64,24 @@ MODELS = {"dit": "FlowMatchEulerDiscreteScheduler", "unet": "DDPMScheduler"}
 TASKS = {"inverted": ("inverted", KNOWN), "thick": ("thick", KNOWN), "new digits": ("upright", NEW)}
 
 
-def methods() -> dict[str, Method | None]:
-    """Line -> method with its defaults; None is HF PEFT's LoRA."""
-    ours = (FullFineTuning(), LoRA(r=4), DoRA(r=4), LoHa(r=4), LoKr(r=4), DiffuseKronA(), DiffFit(), SaRA(), BitFit())
+class Prompted(Denoiser):
+    """Shows the picture itself to the model, pixel by pixel."""
+
+    def image_embeds(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def methods(model: str) -> dict[str, Method | None]:
+    """Line -> method with its defaults; None is HF PEFT's LoRA. The last two need a model that looks at a text."""
+    ours: list[Method] = [FullFineTuning(), LoRA(r=4), DoRA(r=4), LoHa(r=4), LoKr(r=4)]
+    ours += [DiffuseKronA(), DiffFit(), SaRA(), BitFit()]
+    ours += [IPAdapter(image_embed_dim=256), SoftREPA()] if model == "unet" else []
     return {"HF PEFT LoRA": None, **{type(method).__name__: method for method in ours}}
 
 
-def denoiser(model: str, lr: float = 1e-3) -> Denoiser:
+def denoiser(model: str, lr: float = 1e-3, kind: type[Denoiser] = Denoiser) -> Denoiser:
     """A fresh copy of the pre-trained base."""
-    return Denoiser(num_classes=10, pretrained=f"tutorials/checkpoints/{model}_digits", scheduler=MODELS[model], lr=lr)
+    return kind(num_classes=10, pretrained=f"tutorials/checkpoints/{model}_digits", scheduler=MODELS[model], lr=lr)
 
 
 def sized(method: Method, base: torch.nn.Module) -> Method:
@@ -75,7 +97,8 @@ def fit(model: str, task: str, name: str, seed: int, lr: float) -> tuple[Denoise
     """The adapted model, and its error on validation images."""
     L.seed_everything(seed, verbose=False)
     look, digits = TASKS[task]
-    module, method, callbacks = denoiser(model, lr), methods()[name], []
+    method, callbacks = methods(model)[name], []
+    module = denoiser(model, lr, Prompted if isinstance(method, IPAdapter) else Denoiser)
     if method is None:
         targets = [target.name.removeprefix("model.") for target in LoRA(r=4).targets(module)]
         peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets), module.model)
@@ -92,8 +115,11 @@ def fit(model: str, task: str, name: str, seed: int, lr: float) -> tuple[Denoise
 def judged(module: Denoiser, look: str, digits: tuple[int, ...]) -> tuple[float, float]:
     """Accuracy in percent and Frechet distance of its pictures of ``digits``, beside real ones of ``look``."""
     labels = [digit for digit in digits for _ in range(140 // len(digits))]
-    real, _ = pictures(look, "second", digits)
-    accuracy, distance = quality(Judge.trained(), module.sample(labels, seed=100), torch.tensor(labels), real)
+    real, classes = pictures(look, "second", digits)
+    shown = torch.cat([real[classes == digit][: labels.count(digit)] for digit in digits])
+    accuracy, distance = quality(
+        Judge.trained(), module.sample(labels, images=shown, seed=100), torch.tensor(labels), real
+    )
     return 100 * accuracy, distance
 
 
@@ -109,7 +135,10 @@ def measure(model: str, name: str) -> dict[str, Any]:
         if task == "new digits":
             known = [judged(run, "upright", KNOWN) for run in runs]
             row["known accuracy"], row["known distance"] = zip(*known, strict=True)
-        row["pictures"] = _packed(runs[0].sample(TASKS[task][1], seed=7))
+        look, digits = TASKS[task]
+        real, classes = pictures(look, "second", digits)
+        shown = torch.stack([real[classes == digit][-1] for digit in digits])
+        row["pictures"] = _packed(runs[0].sample(digits, images=shown, seed=7))
         rows[task] = row
     return rows
 
@@ -174,7 +203,7 @@ def draw(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [(m, n, row) for m, rows in results["models"].items() for n, row in rows.items() if n in methods()]
+    lines = [(m, n, row) for m, rows in results["models"].items() for n, row in rows.items() if n in methods(m)]
     figure, axes = plt.subplots(
         len(lines) + 1, len(TASKS), figsize=(9, 0.5 * len(lines) + 0.9), layout="constrained", squeeze=False
     )
@@ -201,14 +230,15 @@ def _prepare() -> None:
 def main() -> None:
     """Measure what is asked for, some runs at a time, and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for option, default in (("models", MODELS), ("methods", methods())):
-        parser.add_argument(f"--{option}", help="with commas between; all by default", default=",".join(default))
+    parser.add_argument("--models", help="with commas between; all by default", default=",".join(MODELS))
+    parser.add_argument("--methods", help="with commas between; all by default")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--plot", action="store_true", help="draw from what is there")
     options = parser.parse_args()
     _prepare()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-    lines = itertools.product(*(getattr(options, name).split(",") for name in ("models", "methods")))
+    chosen = {model: methods(model) for model in options.models.split(",")}
+    lines = [(m, n) for m, known in chosen.items() for n in (options.methods.split(",") if options.methods else known)]
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _prepare) as pool:
         todo = {} if options.plot else {pool.submit(measure, *line): line for line in lines}
         for done in tqdm(as_completed(todo), total=len(todo), desc="runs"):
@@ -217,7 +247,7 @@ def main() -> None:
             results["hardware"] = hardware()
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for model, rows in results["models"].items():
-        order = [name for name in methods() if name in rows]
+        order = [name for name in methods(model) if name in rows]
         results["models"][model] = floors(model) | {name: rows[name] for name in order}
     draw(results)
     replace_between("looks", markdown(results), PAGE)

@@ -75,6 +75,7 @@ class Denoiser(L.LightningModule):
             if model is None
             else getattr(diffusers, model)(**model_kwargs or {})
         )
+        self.model.train()  # diffusers loads for evaluation, where DiT drops no labels
         self.scheduler: Any = getattr(diffusers, scheduler)(**scheduler_kwargs or {})
         # asked before anything is injected: an adapted model takes any argument
         self._conditions = _conditions(self.model, num_classes)

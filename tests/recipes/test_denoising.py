@@ -226,6 +226,7 @@ def test_weights_come_from_a_folder_of_diffusers(tmp_path: Any) -> None:
     module.model.save_pretrained(tmp_path)
     loaded = Denoiser(num_classes=3, pretrained=str(tmp_path), sampling_steps=2)
     assert torch.equal(loaded.sample([1]), module.sample([1]))
+    assert all(part.training for part in loaded.modules())
 
 
 @pytest.mark.parametrize(
