@@ -1,12 +1,23 @@
-"""Bytes of tensors, counted while a model computes: all that live at a time, and what a backward pass makes."""
+"""Bytes of tensors, counted while a model computes: kept for the backward pass, and alive at a time.
 
+Tensors without values (torch's ``FakeTensorMode``) do for most of it: nothing is computed then, and the figures do not
+depend on the machine.
+"""
+
+import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from benchmarks.row import saved_bytes
+from lightning_peft.callbacks.fused import fused
 
 
 class Peak(TorchDispatchMode):
@@ -55,3 +66,38 @@ class PeakInside(Peak):
 def _storages(tree: Any) -> list[tuple[int, Any]]:
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [(storage._cdata, storage) for storage in (t.untyped_storage() for t in tensors)]
+
+
+def step_bytes(
+    adapted: nn.Module, batch: Callable[[], Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> dict[str, int]:
+    """Of a step of AdamW, on a copy of ``adapted`` without values.
+
+    Args:
+        adapted: what trains; it stays as it is.
+        batch: makes a batch.
+        loss: what is minimised, of a model and a batch.
+
+    Returns:
+        trainable: trained numbers; kept: bytes that the forward keeps for the backward pass, each storage once,
+        parameters and buffers left out; kept_fused: the same, computed by our operations; peak: bytes of all tensors
+        that a step holds at a time, beyond model and batch. Of what an operation of ours holds inside, nothing counts.
+    """
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(adapted)
+    with mode:
+        given = batch()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        own = [*model.parameters(), *model.buffers()]
+        counted = {"trainable": sum(p.numel() for p in trained)}
+        counted["kept"] = saved_bytes(lambda: loss(model, given), own)
+        with fused(model):
+            counted["kept_fused"] = saved_bytes(lambda: loss(model, given), own)
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        with Peak() as peak:
+            for _ in range(2):  # in the second, the moments are there
+                loss(model, given).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return counted | {"peak": peak.peak}
