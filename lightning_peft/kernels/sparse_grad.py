@@ -150,7 +150,7 @@ def _apply(op: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tens
 
 def places_of(index: Tensor) -> Tensor:
     """(n,) places, of those that stand for themselves and of those that -1 - i stands for."""
-    return torch.where(index < 0, -1 - index, index)
+    return index ^ (index >> (8 * index.itemsize - 1))  # the bits of -1 - i are those of i turned over
 
 
 def _can_ask(places: Tensor) -> bool:
@@ -177,10 +177,9 @@ def check_order(name: str, weight: Tensor, places: Tensor) -> None:
 def with_entries(weight: Tensor, values: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
     """A new weight, W + D, rounded once."""
     changed = weight.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1)
-    places = places.long()
     before = changed if weight.dtype == dtype else weight.flatten()
-    wide = before[places].to(accumulator(weight)) + values
-    return changed.index_copy_(0, places, wide.to(dtype)).view(weight.shape)
+    wide = before.index_select(0, places).to(accumulator(weight)) + values
+    return changed.scatter_(0, places.long(), wide.to(dtype)).view(weight.shape)
 
 
 class Piece(NamedTuple):
@@ -200,7 +199,7 @@ class Piece(NamedTuple):
 
     def pick(self, gradient: Tensor, into: Tensor) -> None:
         """Put the entries of the gradient of these rows where they belong in ``into`` (n,)."""
-        found = gradient.flatten()[self.local].to(into.dtype)
+        found = gradient.flatten().index_select(0, self.local).to(into.dtype)
         if isinstance(self.entries, slice):
             into[self.entries] = found
         else:
@@ -224,10 +223,10 @@ def located(weight: Tensor, places: Tensor, parts: list[tuple[int, int]]) -> Ite
         firsts = torch.tensor([first * width for first, _ in parts], dtype=places.dtype)
         bounds = torch.searchsorted(places, firsts).tolist()
         for (first, last), start, end in zip(parts, bounds, [*bounds[1:], len(places)], strict=True):
-            yield Piece(slice(first, last), slice(start, end), places[start:end].long() - first * width)
+            yield Piece(slice(first, last), slice(start, end), places[start:end] - first * width)
         return
     for first, last in parts:
-        local = places.long() - first * width
+        local = places - first * width
         there = (local >= 0) & (local < (last - first) * width)
         yield Piece(slice(first, last), there, local.where(there, 0))
 
