@@ -51,7 +51,7 @@ def methods(model: nn.Module) -> dict[str, Method]:
     """Line -> method. SaRA's share is what trains as many numbers as LoRA."""
     found: dict[str, Method] = {}
     for r in RANKS:
-        lora = LoRA(r=r, target_modules="all-layers")
+        lora = LoRA(r=r, target_modules="all-layers", clip_rank=True)  # four channels leave the model
         targets = lora.targets(model)
         share = lora.total_trainable(targets) / sum(target.shape.numel() for target in targets)
         found |= {f"LoRA r={r}": lora, f"SaRA like r={r}": SaRA(share=share)}
