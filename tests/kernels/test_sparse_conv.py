@@ -93,6 +93,12 @@ def test_in_pieces(case: str, size: int, dtype: torch.dtype, waits: bool, monkey
     check(ours(case), plain(case), inputs(case, dtype, share=0.1), upstream(case))
 
 
+def test_the_gradient_of_x_is_not_rounded_for_each_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "wide", ((1, 4, 6, 6), (300, 4, 3, 3), {"padding": 1}))
+    monkeypatch.setattr(GRAD, "PIECE", 1)
+    check(ours("wide"), plain("wide"), inputs("wide", torch.bfloat16, share=0.001), upstream("wide"))
+
+
 def test_pieces_are_parts_of_groups_or_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(12, 2, 5)  # ten entries in a channel
     monkeypatch.setattr(GRAD, "PIECE", 0)

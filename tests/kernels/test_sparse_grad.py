@@ -119,6 +119,12 @@ def test_entries_in_pieces_of_the_weight(
     check(*FORMS["entries"], (x.requires_grad_(), weight, bias, values.detach(), index), torch.randn(7, 19))
 
 
+def test_the_gradient_of_x_is_not_rounded_for_each_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRAD, "PIECE", 1)
+    given = inputs("entries", (7,), 300, 11, torch.float16 if INTERPRETED else torch.bfloat16, share=0.001)
+    check(*FORMS["entries"], given, torch.randn(7, 300))
+
+
 def test_places_in_another_form() -> None:
     ours, plain = FORMS["entries"]
     x, weight, bias, values, index = inputs("entries", (7,), 19, 11)
