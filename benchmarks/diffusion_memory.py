@@ -126,15 +126,19 @@ def draw(results: dict[str, Any]) -> None:
 
     rows = results["rows"]
     names = list(rows)[::-1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.4 + 0.35 * len(names)), sharey=True, layout="constrained")
-    width = {key: [rows[name][key] / 2**30 for name in names] for key in ("gradients", "places", "kept", "peak")}
-    left.barh(names, width["gradients"], color="C0", label="gradients, and what is made on the way")
-    left.barh(names, width["places"], left=width["gradients"], color="C1", label="places of entries")
-    left.set(xlabel="GiB", xscale="log", title="Backward pass without activations")
-    right.barh([y + 0.2 for y in range(len(names))], width["kept"], height=0.4, color="C0", label="kept for backward")
-    right.barh([y - 0.2 for y in range(len(names))], width["peak"], height=0.4, color="C7", label="peak of a step")
-    right.set(xlabel="GiB", title=f"A training step, batch {BATCH}")
-    for axes in (left, right):
+    figure, panels = plt.subplots(1, 2, figsize=(10, 1.4 + 0.35 * len(names)), sharey=True, layout="constrained")
+    shown = (
+        (("gradients", "gradients, and what is made on the way", "C0"), ("places", "places of entries", "C1")),
+        (("kept", "kept for the backward pass", "C0"), ("peak", "peak of a step", "C7")),
+    )
+    for axes, bars in zip(panels, shown, strict=True):
+        for offset, (key, label, colour) in zip((0.2, -0.2), bars, strict=True):
+            sizes = [rows[name][key] / 2**20 for name in names]
+            axes.barh([y + offset for y in range(len(names))], sizes, height=0.4, color=colour, label=label)
+    panels[0].set(xlabel="MiB", xscale="log", xlim=(4, None), title="Backward pass without activations")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[1].set(xlabel="MiB", title=f"A training step, batch {BATCH}")
+    for axes in panels:
         axes.grid(axis="x", alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(PICTURE, dpi=130)
