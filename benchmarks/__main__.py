@@ -1,10 +1,5 @@
 """Runs every benchmark and prints one table: ours, HF PEFT's, the ratio, and the goal for it."""
 
-import os
-import platform
-from pathlib import Path
-
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +8,7 @@ from benchmarks import (
     callback_overhead,
     checkpoint_size,
     ddp_step,
+    diffusion_step,
     forward_backward,
     fused_step,
     import_time,
@@ -22,17 +18,8 @@ from benchmarks import (
     sampling_memory,
     spectral_start,
 )
+from benchmarks.report import hardware
 from benchmarks.row import Row
-
-
-def hardware() -> str:
-    """Processor, cores, torch: what a timing must be read with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -41,6 +28,7 @@ def main() -> None:
     large = (
         fused_step,
         beside_peft,
+        diffusion_step,
         spectral_start,
         checkpoint_size,
         sampling_memory,

@@ -33,9 +33,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks.__main__ import hardware
 from benchmarks.comparison_report import write_report
 from benchmarks.comparison_tasks import CACHE, TASKS, Batch, Split, Task, pretrained_llama, task
+from benchmarks.report import hardware
 from lightning_peft import PEFT, AdapterError, LoRA, get_method, inject, list_methods
 from lightning_peft.engine import Method, TargetedMethod
 

@@ -23,8 +23,7 @@ import lightning as L
 import torch
 from tqdm import tqdm
 
-from benchmarks.__main__ import hardware
-from benchmarks.report import replace_between
+from benchmarks.report import hardware, replace_between
 from lightning_peft import PEFT, FullFineTuning, LinearProbe, LoRA, list_methods
 from lightning_peft.callbacks.table import trainable_share
 from lightning_peft.engine import Method

@@ -1,35 +1,29 @@
 """Memory of a training step of a ViT-B with each vision method, beside LoRA, HF PEFT's LoRA and full fine-tuning.
 
 ``vit_base_patch16_224`` in float32, batch 16. *Kept* are the bytes of the tensors that the forward keeps for the
-backward pass, each storage once, parameters left out. *Peak* are those of all tensors that a step of AdamW holds at a
-time, beyond the model and the batch: activations, gradients, moments. Both are counted on tensors without values
-(torch's ``FakeTensorMode``), so nothing is computed, and the figures do not depend on the machine.
+backward pass, each storage once, parameters and buffers left out. *Peak* are those of all tensors that a step of AdamW
+holds at a time, beyond the model and the batch: activations, gradients, moments. Both are counted on tensors without
+values (torch's ``FakeTensorMode``), so nothing is computed, and the figures do not depend on the machine.
 
 ``python -m benchmarks.vision_memory`` counts, and writes benchmarks/results/vision_memory.json and the picture and
 table of docs/vision.md; ``--plot`` draws from what is there; ``--methods LoRA,VPT`` replaces these lines.
 """
 
 import argparse
-import copy
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from benchmarks.counted import step_bytes
 from benchmarks.report import replace_between
-from benchmarks.row import saved_bytes
 from lightning_peft import BitFit, FullFineTuning, LinearProbe, LoRA, inject, list_methods
-from lightning_peft.callbacks.fused import fused
 from lightning_peft.engine import Method
 
 RESULTS, PICTURE, PAGE = (
@@ -66,61 +60,15 @@ FAMILIES = ("features", "prompts", "side")
 SIDE = ("LadderSideTuning", "UniPT", "LEVI", "SideTuning")
 
 
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it lasts, and of those that live at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func``; what it answers is new unless it was given."""
-        output = func(*args, **(kwargs or {}))
-        given = {key for key, _ in _storages((args, kwargs))}
-        for key, storage in _storages(output):
-            if key not in self.known | given:
-                self.known.add(key)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return output
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[tuple[int, Any]]:
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return [(storage._cdata, storage) for storage in (t.untyped_storage() for t in tensors)]
-
-
 def measure(name: str) -> dict[str, Any]:
     """Bytes kept and peak of one line, and its trainable parameters."""
     torch.manual_seed(0)
     adapted = methods()[name](timm.create_model(MODEL, num_classes=10)).train()
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        model = copy.deepcopy(adapted)
-    with mode:
-        x, y = torch.randn(BATCH, 3, 224, 224), torch.randint(10, (BATCH,))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        row: dict[str, Any] = {"trainable": sum(p.numel() for p in trainable)}
-        row["kept"] = saved_bytes(lambda: _loss(model, x, y), model.parameters())
-        with fused(model):
-            row["kept_fused"] = saved_bytes(lambda: _loss(model, x, y), model.parameters())
-        optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-        with Peak() as peak:
-            for _ in range(2):  # in the second, the moments are there
-                _loss(model, x, y).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    return row | {"peak": peak.peak}
+    return step_bytes(
+        adapted,
+        lambda: (torch.randn(BATCH, 3, 224, 224), torch.randint(10, (BATCH,))),
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:

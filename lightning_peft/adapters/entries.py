@@ -1,13 +1,14 @@
 """Changes of some entries of a weight, one number each."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import kernels
 from lightning_peft.engine import Adapter, Layer, Target
+from lightning_peft.engine.slots import base_class
 
 
 class Entries(Adapter):
@@ -70,18 +71,24 @@ class Entries(Adapter):
             self.values.copy_(torch.where(self.held, self._kept, self.values))
             self._kept = None
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """Of the shape of ``weight``."""
-        flat = self.values.new_zeros(weight.numel()).index_copy(0, self.places(), self.values)
-        return flat.view(weight.shape)
-
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """layer(x) + x D^T; above the base in one product, whose backward pass builds no gradient of the weight."""
+        """layer(x) + x D^T; in one product above a base that does no more than its class."""
         weight, bias = layer.site.get(layer.module)
-        if layer.is_base and type(weight) in (torch.nn.Parameter, Tensor) and not weight.requires_grad:
-            return kernels.linear_with_entries(x, weight, bias, self.values, self.places())
+        if self.takes_the_place(layer, weight):
+            return self.product(x, layer.module, weight, bias)
         y = layer(x)
-        return y + F.linear(x, self.delta(weight).to(x.dtype)).to(y.dtype)
+        nothing = x.new_zeros(()).expand(weight.shape)  # a weight of zeros, of which one is stored
+        return y + self.product(x, layer.module, nothing, None).to(y.dtype)
+
+    def takes_the_place(self, layer: Layer, weight: Tensor) -> bool:
+        """Whether the product of W + D is all that the layer below would compute, and W a tensor that is frozen."""
+        patched = "_own_forward" in vars(layer.module)
+        plain = type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+        return layer.is_base and plain and not patched
+
+    def product(self, x: Tensor, module: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + D)^T + b, whose backward pass builds no gradient of a whole weight."""
+        return kernels.linear_with_entries(x, weight, bias, self.values, self.indices)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W with the change added to its entries; all others stay bit for bit."""
@@ -89,11 +96,21 @@ class Entries(Adapter):
         return exact.flatten().index_add(0, self.places(), self.values.to(exact.dtype)).view(weight.shape), bias
 
 
-class EntriesConv(Entries):
-    """The same for convolutions: the gradient of a whole weight exists while that layer goes backward."""
+# the forwards of convolutions that use their weight in a product and no more
+_PLAIN = frozenset(cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """layer(x) + the convolution of x with D."""
-        y = layer(x)
-        delta = self.delta(layer.site.get(layer.module)[0])
-        return y + layer.module._conv_forward(x, delta.to(x.dtype), None).to(y.dtype)
+
+class EntriesConv(Entries):
+    """The same for convolutions; of the gradient of the weight, a piece is there at a time."""
+
+    def takes_the_place(self, layer: Layer, weight: Tensor) -> bool:  # noqa: D102
+        own = base_class(layer.module)._conv_forward  # type: ignore[attr-defined]  # it is a convolution
+        return super().takes_the_place(layer, weight) and own in _PLAIN
+
+    def product(self, x: Tensor, module: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of x with W + D, as the module makes it."""
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        how = module.stride, padding, module.dilation, module.groups
+        return kernels.conv_with_entries(x, weight, bias, self.values, self.indices, *how)

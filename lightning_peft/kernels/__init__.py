@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .rope import rope as rope
     from .scale_shift import scale_shift as scale_shift
     from .segment_lora import segment_lora as segment_lora
+    from .sparse_conv import conv_with_entries as conv_with_entries
     from .sparse_grad import linear_with_columns as linear_with_columns
     from .sparse_grad import linear_with_entries as linear_with_entries
     from .sparse_grad import linear_with_rows as linear_with_rows
@@ -43,6 +44,7 @@ _FILES = {
     "rope": ("rope",),
     "scale_shift": ("scale_shift",),
     "segment_lora": ("segment_lora",),
+    "sparse_conv": ("conv_with_entries",),
     "sparse_grad": ("linear_with_columns", "linear_with_entries", "linear_with_rows"),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}

@@ -5,11 +5,14 @@ entries:  dvalues_i = dY[:, row_i] . X[:, column_i],   dX = dY (W + D);
 columns I:  dvalues = dY^T X[:, I],   dX = dY W, plus dY values in the columns I;
 rows I:  dvalues = dY[:, I]^T X,   dX = dY W + dY[:, I] values.
 No dense gradient of W is built. Beside W and what trains, entries and rows save X, and columns save X[:, I] alone.
-Entries put W + D together in the forward pass, and again in the backward pass instead of keeping it in between.
+Entries put W + D together in the forward pass, and again in the backward pass instead of keeping it in between. There
+the twin goes through the rows of W in pieces of about as many entries as train: of each piece, W + D and dY^T X are
+there until the next.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from torch.nn import functional as F
 from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
 
 ELEMENTS = 2**22  # of products that the twin holds at a time
+PIECE = 2**18  # entries of a weight that the twin may always look at together, however few train
+# where fewer than one entry in so many trains, each by itself is faster than all of them in a product of matrices
+FEW = 128
 
 
 def linear_with_entries(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ def linear_with_entries(x: Tensor, weight: Tensor, bias: Tensor | None, values: 
         weight: (N, K), frozen.
         bias: (N,), or None.
         values: (n,), added to the entries ``index`` of the weight, of any precision.
-        index: (n,) int64, places in ``weight.flatten()``, ascending and each once.
+        index: (n,) int32 or int64, places in ``weight.flatten()``, ascending and each once; -1 - i stands for i too.
 
     Returns:
         (..., N) in the dtype of ``x``, or of autocast.
@@ -38,13 +44,8 @@ def linear_with_entries(x: Tensor, weight: Tensor, bias: Tensor | None, values: 
             the weight. The last is seen on the CPU; an accelerator, which is not waited for, gives NaN as the gradient
             of what is out of order.
     """
-    _check("linear_with_entries", x, weight, bias, values, index, index.shape)
-    looked_at = index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index) > 0
-    if looked_at and (index[0] < 0 or index[-1] >= weight.numel() or (index[1:] <= index[:-1]).any()):
-        raise ValueError(
-            f"linear_with_entries: index must ascend strictly from 0 at least to {weight.numel() - 1} at most. Sort it "
-            "once, together with its values."
-        )
+    _check_rows("linear_with_entries", x, weight, bias)
+    check_entries("linear_with_entries", x, weight, values, index, index.shape, (torch.int32, torch.int64))
     return _apply(_entries, x, weight, bias, values, index)
 
 
@@ -64,7 +65,8 @@ def linear_with_columns(x: Tensor, weight: Tensor, bias: Tensor | None, values: 
     Raises:
         ValueError: shapes or dtypes do not fit, or ``weight`` requires a gradient.
     """
-    _check("linear_with_columns", x, weight, bias, values, index, (weight.shape[0], *index.shape))
+    _check_rows("linear_with_columns", x, weight, bias)
+    check_entries("linear_with_columns", x, weight, values, index, (weight.shape[0], *index.shape))
     return _apply(_columns, x, weight, bias, values, index)
 
 
@@ -84,24 +86,42 @@ def linear_with_rows(x: Tensor, weight: Tensor, bias: Tensor | None, values: Ten
     Raises:
         ValueError: shapes or dtypes do not fit, or ``weight`` requires a gradient.
     """
-    _check("linear_with_rows", x, weight, bias, values, index, (*index.shape, weight.shape[-1]))
+    _check_rows("linear_with_rows", x, weight, bias)
+    check_entries("linear_with_rows", x, weight, values, index, (*index.shape, weight.shape[-1]))
     return _apply(_rows, x, weight, bias, values, index)
 
 
-def _check(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, shape: tuple[int, ...]
-) -> None:
+def _check_rows(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             f"{name}: x must be (..., K), weight (N, K) and bias (N,) or None, got {tuple(x.shape)}, "
             f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
         )
+
+
+def check_entries(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    index: Tensor,
+    shape: tuple[int, ...],
+    kinds: tuple[torch.dtype, ...] = (torch.int64,),
+) -> None:
+    """What trains of ``weight``: values of this shape at (n,) places of one of these kinds.
+
+    Raises:
+        ValueError: they are not, or ``weight`` trains itself, or has another dtype than ``x``.
+    """
     if not (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype):
         raise ValueError(
             f"{name}: weight must have the dtype of x, got {weight.dtype} and {x.dtype}. Cast one of them."
         )
-    if index.dim() != 1 or index.dtype != torch.int64:
-        raise ValueError(f"{name}: index must be (n,) int64, got {tuple(index.shape)} {index.dtype}. Use index.long().")
+    if index.dim() != 1 or index.dtype not in kinds:
+        known = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        raise ValueError(
+            f"{name}: index must be (n,) {known}, got {tuple(index.shape)} {index.dtype}. Use index.long()."
+        )
     if values.shape != shape:
         raise ValueError(
             f"{name}: values must be {tuple(shape)} for weight {tuple(weight.shape)} and {len(index)} places in index, "
@@ -114,35 +134,119 @@ def _check(
         )
 
 
-def _apply(op: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
-    """``op`` on rows, in the dtype that autocast asks for; values stay as fine as they are."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """That of ``x``, or of autocast."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _apply(op: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
+    """``op`` on rows, in the dtype that autocast asks for; weight and values stay as they are, and are kept as such."""
+    dtype = autocast_dtype(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)
-    y = op(rows, weight.to(dtype), None if bias is None else bias.to(dtype), values, index)
+    y = op(rows, weight, None if bias is None else bias.to(dtype), values, index)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _with_entries(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """A new weight, W + D."""
-    changed = weight.clone(memory_format=torch.contiguous_format).view(-1)
-    wide = changed[index].to(accumulator(weight)) + values
-    return changed.index_copy_(0, index, wide.to(weight.dtype)).view(weight.shape)
+def places_of(index: Tensor) -> Tensor:
+    """(n,) places, of those that stand for themselves and of those that -1 - i stands for."""
+    return index ^ (index >> (8 * index.itemsize - 1))  # the bits of -1 - i are those of i turned over
+
+
+def _can_ask(places: Tensor) -> bool:
+    """Whether asking for a number keeps nobody waiting."""
+    return places.device.type == "cpu"
+
+
+def check_order(name: str, weight: Tensor, places: Tensor) -> None:
+    """Look at the order of places where nobody has to wait for it.
+
+    Raises:
+        ValueError: they do not ascend within the weight.
+    """
+    if not _can_ask(places) or len(places) == 0:
+        return
+    # none is below 0: that would stand for another
+    if places[-1] >= weight.numel() or (places[1:] <= places[:-1]).any():
+        raise ValueError(
+            f"{name}: index must ascend strictly from 0 at least to {weight.numel() - 1} at most. Sort it once, "
+            "together with its values."
+        )
+
+
+def with_entries(weight: Tensor, values: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new weight, W + D, rounded once."""
+    changed = weight.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1)
+    before = changed if weight.dtype == dtype else weight.flatten()
+    wide = before.index_select(0, places).to(accumulator(weight)) + values
+    return changed.scatter_(0, places.long(), wide.to(dtype)).view(weight.shape)
+
+
+class Piece(NamedTuple):
+    """Rows ``rows`` of a weight, and the entries in them that train."""
+
+    rows: slice
+    entries: slice | Tensor  # (n,) which of all they are, where how many there are is not known
+    local: Tensor  # (m,), or (n,) then: their places in ``weight[rows].flatten()``; anywhere in it, for others
+
+    def changed(self, weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """W + D, of these rows."""
+        if isinstance(self.entries, slice):
+            return with_entries(weight[self.rows], values[self.entries], self.local, dtype)
+        wide = weight[self.rows].to(accumulator(weight), copy=True, memory_format=torch.contiguous_format)
+        wide.view(-1).index_add_(0, self.local, torch.where(self.entries, values, 0).to(wide.dtype))
+        return wide.to(dtype)
+
+    def pick(self, gradient: Tensor, into: Tensor) -> None:
+        """Put the entries of the gradient of these rows where they belong in ``into`` (n,)."""
+        found = gradient.flatten().index_select(0, self.local).to(into.dtype)
+        if isinstance(self.entries, slice):
+            into[self.entries] = found
+        else:
+            into.copy_(torch.where(self.entries, found, into))
+
+
+def pieces(weight: Tensor, places: Tensor, groups: int = 1) -> list[tuple[int, int]]:
+    """First and last row (not included) of each piece: some whole groups, or a part of one."""
+    of_group = len(weight) // groups
+    rows = max(1, max(PIECE, len(places)) // weight.shape[1:].numel())
+    block = max(of_group, rows // of_group * of_group)
+    firsts = [row for start in range(0, len(weight), block) for row in range(start, start + block, min(rows, block))]
+    firsts = [first for first in firsts if first < len(weight)]
+    return list(zip(firsts, [*firsts[1:], len(weight)], strict=True))
+
+
+def located(weight: Tensor, places: Tensor, parts: list[tuple[int, int]]) -> Iterator[Piece]:
+    """These pieces, and what trains in them."""
+    width = weight.shape[1:].numel()
+    if _can_ask(places):
+        firsts = torch.tensor([first * width for first, _ in parts], dtype=places.dtype)
+        bounds = torch.searchsorted(places, firsts).tolist()
+        for (first, last), start, end in zip(parts, bounds, [*bounds[1:], len(places)], strict=True):
+            yield Piece(slice(first, last), slice(start, end), places[start:end] - first * width)
+        return
+    for first, last in parts:
+        local = places - first * width
+        there = (local >= 0) & (local < (last - first) * width)
+        yield Piece(slice(first, last), there, local.where(there, 0))
 
 
 @torch.library.custom_op("lightning_peft::linear_with_entries", mutates_args=())
 def _entries(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
-    return F.linear(x, _with_entries(weight, values, index), bias).contiguous()
+    places = places_of(index)
+    check_order("linear_with_entries", weight, places)
+    return F.linear(x, with_entries(weight, values, places, x.dtype), bias).contiguous()
 
 
 @torch.library.custom_op("lightning_peft::linear_with_columns", mutates_args=())
 def _columns(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
-    return F.linear(x, weight, bias).addmm_(x.index_select(1, index), values.to(x.dtype).T).contiguous()
+    y = F.linear(x, weight.to(x.dtype), bias)
+    return y.addmm_(x.index_select(1, index), values.to(x.dtype).T).contiguous()
 
 
 @torch.library.custom_op("lightning_peft::linear_with_rows", mutates_args=())
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
-    return F.linear(x, weight, bias).index_add_(1, index, x @ values.to(x.dtype).T).contiguous()
+    return F.linear(x, weight.to(x.dtype), bias).index_add_(1, index, x @ values.to(x.dtype).T).contiguous()
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
@@ -154,19 +258,39 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index:
 def _entries_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, values: Tensor, index: Tensor, x_trains: bool
 ) -> tuple[Tensor, Tensor]:
-    dx = (dy @ _with_entries(weight, values, index)).contiguous() if x_trains else dy.new_empty(0)
-    if x is None:
-        return dx, values.new_empty(0)
+    places = places_of(index)
     if runs_triton(dy):
-        return dx, _launch(dy, x, index).to(values.dtype)
+        dx = (dy @ with_entries(weight, values, places, dy.dtype)).contiguous() if x_trains else dy.new_empty(0)
+        return dx, values.new_empty(0) if x is None else _launch(dy, x, places.long()).to(values.dtype)
+    dvalues, few = values.new_empty(0 if x is None else values.shape), FEW * len(places) < weight.numel()
+    if x is not None and few:
+        dvalues = _each(dy, x, places).to(values.dtype)
+    parts = pieces(weight, places)
+    dx = dy.new_zeros((len(dy), weight.shape[1]) if x_trains else 0, dtype=wide_enough(dy, parts))
+    for piece in located(weight, places, parts):
+        rows = dy[:, piece.rows]
+        if x_trains:
+            dx += rows @ piece.changed(weight, values, dy.dtype)
+        if x is not None and not few:
+            piece.pick(rows.T @ x, dvalues)
+    return dx.to(dy.dtype), dvalues
+
+
+def wide_enough(dy: Tensor, parts: list[Any]) -> torch.dtype:
+    """The precision in which a gradient is added up over pieces."""
+    return accumulator(dy) if len(parts) > 1 else dy.dtype
+
+
+def _each(dy: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    """The gradients of the values, one product of a row and a column each."""
     T, K = x.shape
     # turned, so that what is multiplied lies side by side
     dy_turned, x_turned = (each.to(accumulator(each)).T.contiguous() for each in (dy, x))
     sums = [
         (dy_turned.index_select(0, part // K) * x_turned.index_select(0, part % K)).sum(1)
-        for part in index.split(max(1, ELEMENTS // max(T, 1)))
+        for part in places.split(max(1, ELEMENTS // max(T, 1)))
     ]
-    return dx, torch.cat(sums).to(values.dtype)
+    return torch.cat(sums)
 
 
 @torch.library.custom_op("lightning_peft::linear_with_columns_backward", mutates_args=())
@@ -175,7 +299,7 @@ def _columns_backward(
 ) -> tuple[Tensor, Tensor]:
     dx = dy.new_empty(0)
     if x_trains:
-        dx = (dy @ weight).contiguous().index_add_(1, index, dy @ values.to(dy.dtype))
+        dx = (dy @ weight.to(dy.dtype)).contiguous().index_add_(1, index, dy @ values.to(dy.dtype))
     return dx, values.new_empty(0) if x is None else (dy.T @ x).to(values.dtype).contiguous()
 
 
@@ -184,7 +308,9 @@ def _rows_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, values: Tensor, index: Tensor, x_trains: bool
 ) -> tuple[Tensor, Tensor]:
     chosen = dy.index_select(1, index)
-    dx = (dy @ weight).addmm_(chosen, values.to(dy.dtype)).contiguous() if x_trains else dy.new_empty(0)
+    dx = dy.new_empty(0)
+    if x_trains:
+        dx = (dy @ weight.to(dy.dtype)).addmm_(chosen, values.to(dy.dtype)).contiguous()
     return dx, values.new_empty(0) if x is None else (chosen.T @ x).to(values.dtype).contiguous()
 
 

@@ -26,6 +26,9 @@ REFUSING: dict[str, Callable[[Tensor], Tensor]] = {
     "lora_linear": lambda x: kernels.lora_product(x, trained(2, 8), trained(4, 2), dropout=0.1),
     "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, trained(9, 8).detach(), torch.tensor([1, 2, 8])),
     "linear_with_entries": lambda x: kernels.linear_with_entries(x, trained(4, 8).detach(), None, trained(2), PLACES),
+    "conv_with_entries": lambda x: kernels.conv_with_entries(
+        x[None], trained(2, 3, 2).detach(), None, trained(2), PLACES
+    ),
     "linear_with_columns": lambda x: kernels.linear_with_columns(
         x, trained(4, 8).detach(), None, trained(4, 2), PLACES
     ),

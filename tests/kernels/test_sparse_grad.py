@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_peft.kernels import linear_with_columns, linear_with_entries, linear_with_rows
 from lightning_peft.kernels.sparse_grad import _columns, _entries, _entries_backward, _rows
+from tests.kernels.counted import Count
 from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
@@ -91,9 +92,86 @@ def test_a_place_that_occurs_twice_gets_both_changes(form: str) -> None:
     check(*FORMS[form], (x, weight, bias, values, index.clamp(max=2)), torch.randn(5, 8))
 
 
-def test_entries_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["lightning_peft.kernels.sparse_grad"], "ELEMENTS", 30)
+GRAD = sys.modules["lightning_peft.kernels.sparse_grad"]
+
+
+def test_entries_each_by_itself_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRAD, "ELEMENTS", 30)
+    monkeypatch.setattr(GRAD, "FEW", 0)
     check(*FORMS["entries"], inputs("entries", (7,), 9, 11), torch.randn(7, 9))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the twin")
+@pytest.mark.parametrize("waits", [True, False], ids=["asked", "not asked how many"])
+@pytest.mark.parametrize("few", [0, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 44, 1000])
+def test_entries_in_pieces_of_the_weight(
+    size: int, dtype: torch.dtype, few: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PIECE", size), ("FEW", few), ("_can_ask", lambda places: waits)):
+        monkeypatch.setattr(GRAD, name, value)
+    for share in (0.01, 0.3):
+        check(*FORMS["entries"], inputs("entries", (7,), 19, 11, dtype, share), torch.randn(7, 19))
+    x, weight, bias, values, index = inputs("entries", (7,), 19, 11, dtype)
+    x.requires_grad_(False)
+    check(*FORMS["entries"], (x, weight, bias, values, index), torch.randn(7, 19))
+    check(*FORMS["entries"], (x.requires_grad_(), weight, bias, values.detach(), index), torch.randn(7, 19))
+
+
+def test_the_gradient_of_x_is_not_rounded_for_each_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRAD, "PIECE", 1)
+    given = inputs("entries", (7,), 300, 11, torch.float16 if INTERPRETED else torch.bfloat16, share=0.001)
+    check(*FORMS["entries"], given, torch.randn(7, 300))
+
+
+def test_places_in_another_form() -> None:
+    ours, plain = FORMS["entries"]
+    x, weight, bias, values, index = inputs("entries", (7,), 19, 11)
+    short = index.int()
+    other = torch.where(torch.arange(len(index)) % 3 == 0, -1 - short, short)
+    dy = torch.randn(7, 19)
+
+    def told(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
+        return plain(x, weight, bias, values, torch.where(index < 0, -1 - index, index))
+
+    for form in (short, other, other.long()):
+        check(ours, told, (x, weight, bias, values, form), dy)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the twin")
+@pytest.mark.parametrize("n", [820, 4060])
+def test_entries_keep_nothing_dense_and_one_piece_lives_at_a_time(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRAD, "PIECE", 16)
+    weights = [torch.randn(90, 90) for _ in range(3)]
+    index = torch.randperm(8100)[:n].sort().values.int()
+    values = [torch.randn(n, requires_grad=True) for _ in weights]
+    small, piece = 7 * 90 * 4, n // 90 * 90 * 4
+    x = torch.randn(7, 90)
+    with Count() as forward:
+        for weight, each in zip(weights, values, strict=True):
+            x = linear_with_entries(x, weight, None, each, index)
+    assert forward.most[8100 * 4] == 1
+    assert sorted(forward.live.values()) == [small] * 3
+    with Count() as backward:
+        x.sum().backward()
+    assert backward.most[piece] == 1
+    assert max(backward.most) < 8100 * 4
+    in_piece = 2 * piece * n // 8100
+    assert backward.peak <= 3 * 4 * n + 4 * n + piece + 6 * in_piece + 4 * small
+    assert sorted(backward.live.values()) == [4 * n] * 3
+
+
+@every_form
+def test_autocast_keeps_no_weight_in_its_precision(form: str) -> None:
+    x, weight, bias, values, index = inputs(form, (5,), 6, 8)
+    kept: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.float16 if INTERPRETED else torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        FORMS[form][0](x, weight, bias, values, index)
+    assert [t.data_ptr() for t in kept if t.shape == weight.shape] == [weight.data_ptr()]
 
 
 @every_form
@@ -163,8 +241,8 @@ def test_wrong_arguments_are_named(form: str) -> None:
         ours(x[:, 1:], weight, bias, values, index)
     with pytest.raises(ValueError, match=r"got \(5, 8\), \(6, 8\) and \(5,\)"):
         ours(x, weight, bias[1:], values, index)
-    with pytest.raises(ValueError, match=r"index must be \(n,\) int64, got .* torch.int32"):
-        ours(x, weight, bias, values, index.int())
+    with pytest.raises(ValueError, match=r"index must be \(n,\) .*int64, got .* torch.int16"):
+        ours(x, weight, bias, values, index.short())
     with pytest.raises(ValueError, match=r"values must be .* for weight \(6, 8\)"):
         ours(x, weight, bias, values[1:], index)
     with pytest.raises(ValueError, match="weight gets no gradient"):

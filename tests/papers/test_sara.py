@@ -1,5 +1,7 @@
 """SaRA against dense training whose gradients are masked."""
 
+import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft import AdapterError, LinearProbe, LoRA, SaRA, inject, load_adapter, merge, save_adapter
 from lightning_peft.engine import TargetError, adapters_of, notify
 from lightning_peft.parts.magnitudes import below_smallest
+from tests.kernels.counted import Count
 from tests.methods.backbones import moved
 from tests.papers.denoisers import denoise, denoise_text, dit, unet
 
@@ -268,22 +270,81 @@ def test_files_hold_places_and_values_and_decide_how_many(tmp_path: Path) -> Non
         assert torch.equal(mine.values, theirs.values)
 
 
-def test_no_gradient_of_a_whole_linear_weight_is_built() -> None:
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            sizes.extend([tuple(out.shape)] if isinstance(out, Tensor) else [])
-            return out
-
-    model = moved(inject(nn.Sequential(nn.Linear(40, 30)), SaRA()))
-    loss = model(torch.randn(3, 40)).sum()
-    with Watch():
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(40, 30), (3, 40)), (nn.Conv2d(8, 30, (5, 1), padding=(2, 0)), (1, 8, 4, 2))]
+)
+def test_no_gradient_of_a_whole_weight_is_built(
+    layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["lightning_peft.kernels.sparse_grad"], "PIECE", 0)
+    model = moved(inject(nn.Sequential(layer), SaRA()))
+    x = torch.randn(shape, requires_grad=True)
+    own = {t.data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = model(x).sum()
+    assert {t.data_ptr() for t in kept} <= own
+    with Count() as count:
         loss.backward()
-    assert (30, 40) not in sizes
-    assert (240,) in sizes
+    assert max(count.most) < 4 * 1200
+    assert count.most[4 * 240] == 3  # the gradient; the places, or a piece, and between them what decodes the first
     assert entries(model)[0].values.grad.all()
+
+
+CONVS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 9)),
+    (nn.Conv2d(4, 6, (2, 3), padding=(1, 2), padding_mode="reflect", bias=False), (2, 4, 5, 7)),
+    (nn.Conv2d(4, 6, 4, padding="same", padding_mode="replicate"), (2, 4, 5, 7)),
+    (nn.Conv2d(4, 6, (2, 3), padding="same", dilation=(1, 2), groups=2), (2, 4, 5, 7)),
+    (nn.Conv2d(4, 8, 3, padding="valid", groups=4), (2, 4, 5, 7)),
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 5, 7)),
+    (nn.Conv3d(4, 6, (1, 2, 3), stride=(1, 2, 1), dilation=(1, 1, 2)), (2, 4, 3, 5, 6)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")  # of torch, for the reference
+@pytest.mark.parametrize("below", [(), (LoRA(r=2, target_modules="all-layers"),)], ids=["base", "over another"])
+@pytest.mark.parametrize(("layer", "shape"), CONVS, ids=[str(layer) for layer, _ in CONVS])
+def test_every_convolution_is_that_with_a_dense_change(
+    layer: nn.Module, shape: tuple[int, ...], below: tuple[LoRA, ...]
+) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    for i, method in enumerate(below):
+        moved(inject(model, method, name=f"below{i}"))
+    dense = nn.Sequential(merge(copy.deepcopy(model))[0] if below else copy.deepcopy(model[0])).requires_grad_(True)
+    inject(model, SaRA(share=0.3))
+    adapter = model[0].adapters["default"]
+    with torch.no_grad():
+        adapter.values.normal_()
+        dense[0].weight.view(-1)[adapter.places()] += adapter.values
+    x = torch.randn(shape, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    (model(inputs[0]) ** 3).sum().backward()
+    (dense(inputs[1]) ** 3).sum().backward()
+    torch.testing.assert_close(model(x), dense(x))
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(adapter.values.grad, dense[0].weight.grad.flatten()[adapter.places()])
+
+
+class Doubled(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(2 * x, weight, bias)
+
+
+def test_what_a_layer_does_beside_its_product_is_not_lost() -> None:
+    base = nn.Sequential(nn.Linear(9, 9), nn.Conv1d(5, 5, 3), Doubled(5, 4, 3)).double()
+    model = copy.deepcopy(base)
+    for net in (base, model):
+        for layer in net[:2]:
+            layer.forward = lambda x, forward=layer.forward: forward(x) + 1
+    moved(inject(model, SaRA(share=0.3)))
+    x, changes = torch.randn(2, 5, 9, dtype=torch.float64), []
+    for adapter, layer in zip(entries(model), model, strict=True):
+        flat = torch.zeros(layer.weight.numel(), dtype=torch.float64)
+        changes.append(flat.index_copy(0, adapter.places(), adapter.values.detach()).view_as(layer.weight))
+    h = base[0](x) + nn.functional.linear(x, changes[0])
+    h = base[1](h) + nn.functional.conv1d(h, changes[1])
+    torch.testing.assert_close(model(x), base[2](h) + nn.functional.conv1d(h, changes[2]))
 
 
 def test_over_another_adapter_the_change_is_added() -> None:

@@ -9,7 +9,7 @@ Init:     D = 0; y starts as the base, bit for bit
 Merge:    W <- W + D
 Schedule: behind the share ``reselect`` of the run, entries that have grown to theta keep their values, and the others
           go on with their moments: M <- M and {ij: |W_ij + D_ij| < theta}
-Cost:     a gradient of a whole weight in convolutions alone, of one at a time; linear layers build none
+Cost:     W + D of one layer at a time, which the backward pass builds in pieces of n entries, as it does the gradient
 Deviates from the authors' code: the change D trains beside the entries, with the same gradients; weight decay pulls
           them to where they started. No sign is lost, the penalty reaches what trains, files hold the places too.
 """
