@@ -2,10 +2,10 @@
 
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from peft import LoraConfig
@@ -27,85 +27,17 @@ from lightning_peft import (
 from lightning_peft.engine import METHODS, AdapterError, AdapterFileError, adapters_of
 from lightning_peft.interop import read_adapter
 from tests.methods.backbones import BACKBONES, assert_unchanged, backbone, call, kept, moved, snapshot, suited, tiny
-from tests.papers.denoisers import unet as exact_unet
-
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+from tests.pipelines import Parts, picture, pipeline, seeded, unet, vae
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 # both add the same products to the same layers in float32, in another order
 CLOSE = {"rtol": 0, "atol": 1e-5}
-LETTERS = "abcdefghij"
 
 pytestmark = [
     # schedulers ask for the settings of their released checkpoints
     pytest.mark.filterwarnings("ignore:.*scheduler:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
-
-
-def unet() -> Any:
-    return exact_unet().float()
-
-
-def seeded(build: Any) -> Any:
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(1)
-        return build().eval()
-
-
-def text_encoder() -> Any:
-    config = transformers.CLIPTextConfig(
-        vocab_size=31,
-        hidden_size=6,
-        intermediate_size=10,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=7,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return seeded(lambda: transformers.CLIPTextModel(config))
-
-
-def vae() -> Any:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    sizes = {"block_out_channels": (4,), "norm_num_groups": 2, "latent_channels": 3, "sample_size": 8}
-    return seeded(lambda: diffusers.AutoencoderKL(**blocks, **sizes))
-
-
-def pipeline() -> Any:
-    words = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    words |= {f"{c}</w>": 2 + i for i, c in enumerate(LETTERS)} | {c: 12 + i for i, c in enumerate(LETTERS)}
-    pipe = diffusers.StableDiffusionPipeline(
-        unet=unet(),
-        vae=vae(),
-        text_encoder=text_encoder(),
-        tokenizer=transformers.CLIPTokenizer(vocab=words, merges=[], model_max_length=7),
-        scheduler=diffusers.DDIMScheduler(num_train_timesteps=10, steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def picture(pipe: Any) -> Tensor:
-    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    made = pipe("a b", negative_prompt="c", num_inference_steps=3, output_type="pt", latents=noise, height=8, width=8)
-    return made.images
-
-
-class Parts(nn.Module):
-    """What a LightningModule holds of a pipeline."""
-
-    def __init__(self, pipe: Any) -> None:
-        super().__init__()
-        self.vae, self.unet, self.text_encoder = pipe.vae, pipe.unet, pipe.text_encoder
-
-    def training_step(self) -> None: ...
 
 
 METHODS_HERE = [
@@ -304,7 +236,7 @@ class Bare(nn.Module):
 
 
 def embedded() -> Any:
-    return seeded(lambda: diffusers.UNet2DConditionModel(**{**exact_unet().config, "num_class_embeds": 5}))
+    return seeded(lambda: diffusers.UNet2DConditionModel(**{**unet().config, "num_class_embeds": 5}))
 
 
 @pytest.mark.parametrize(
