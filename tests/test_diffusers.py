@@ -9,16 +9,17 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFT, DoRA, LoHa, LoRA, SaRA, inject, load_adapter, merge, save_adapter
+from lightning_peft import PEFT, DoRA, LoHa, LoRA, PrefixTuning, SaRA, inject, load_adapter, merge, save_adapter
 from lightning_peft.cli import main
 from lightning_peft.engine import METHODS, AdapterError, Method, adapters_of
 from tests.methods.backbones import backbone, call, moved, snapshot, suited, trainable
-from tests.papers.denoisers import NOISE, T
+from tests.papers.denoisers import NOISE, T, denoise_text
 from tests.pipelines import text_encoder, unet, vae
 
 every_method = pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS.keys())
@@ -41,9 +42,9 @@ def adapted(cls: type[Method], name: str, base: nn.Module | None = None) -> Any:
 
 
 def set_processors(model: nn.Module, make: Any) -> None:
-    """Those of all attentions; not every model has a method for it."""
+    """Those of all attentions; a DiT has no method for it."""
     for module in model.modules():
-        if isinstance(module, diffusers.models.attention_processor.Attention):
+        if isinstance(module, Attention):
             module.set_processor(make())
 
 
@@ -56,13 +57,27 @@ def gradients(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 @every_method
 def test_attention_processors_agree(cls: type[Method]) -> None:
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
-
     model = adapted(cls, "dit")
     expected = call("dit", model)
     for make in (AttnProcessor2_0, AttnProcessor, lambda: SlicedAttnProcessor(2)):
         set_processors(model, make)
         torch.testing.assert_close(call("dit", model), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(r=2), DoRA(r=2), SaRA(share=0.5), PrefixTuning(), PrefixTuning(target_modules=r".*attn[12]")],
+    ids=["lora", "dora", "sara", "prefix", "prefix of the text too"],
+)
+def test_attention_processors_agree_on_text(method: Any) -> None:
+    model = moved(inject(unet().double(), method))
+    expected = denoise_text(model)
+    assert not torch.allclose(expected, denoise_text(unet().double()), atol=1e-3)
+    for make in (AttnProcessor2_0, AttnProcessor, lambda: SlicedAttnProcessor(2)):
+        model.set_attn_processor(make())
+        torch.testing.assert_close(denoise_text(model), expected, **CLOSE)
+    model.set_attention_slice("auto")
+    torch.testing.assert_close(denoise_text(model), expected, **CLOSE)
 
 
 @every_method
@@ -104,8 +119,8 @@ def cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 @every_method
-@pytest.mark.parametrize("name", ["dit", "sd3"])
-def test_weights_in_half_precision(cls: type[Method], name: str) -> None:
+def test_weights_in_half_precision(cls: type[Method]) -> None:
+    name = "dit"
     base = backbone(name).bfloat16()
     base.register_forward_pre_hook(cast_inputs, with_kwargs=True)
     model = adapted(cls, name, base).train()
@@ -130,7 +145,7 @@ def test_guidance_in_one_batch_is_two_calls(cls: type[Method]) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("name", ["unet", "dit", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
 def test_a_merged_model_is_a_plain_one_of_diffusers(cls: type[Method], name: str, tmp_path: Path) -> None:
     if not cls.mergeable:
         pytest.skip("it does not merge")
