@@ -244,6 +244,20 @@ def test_one_part_of_a_module_is_trained_and_the_others_stay(method: Any, tmp_pa
 
 
 @lightning
+def test_training_starts_from_a_file_of_diffusers(tmp_path: Path) -> None:
+    module = Denoising()
+    fit(module, PEFT(LoRA(r=2, alpha=5.0, use_rslora=True, target_modules=IN_UNET)))
+    save_adapter(module, tmp_path, format="diffusers")
+    again = Denoising()
+    again.configure_optimizers = lambda: torch.optim.SGD(again.parameters(), lr=0.0)  # type: ignore[method-assign]
+    fit(again, PEFT(init_from=str(tmp_path)))
+    batch = next(iter(pictures()))
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(*batch), module.eval()(*batch), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(again(*batch), Denoising().eval()(*batch), rtol=1e-5, atol=1e-6)
+
+
+@lightning
 def test_the_command_writes_the_merged_part_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lightning-peft"])

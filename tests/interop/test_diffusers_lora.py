@@ -190,6 +190,14 @@ def test_a_name_that_ends_another_keeps_its_own_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(call(theirs), call(model), **CLOSE)
 
 
+def test_a_file_for_one_of_two_names_goes_to_that_one(tmp_path: Path) -> None:
+    model = moved(inject(backbone("flux"), LoRA(r=2, target_modules=r"^proj_out")))
+    save_adapter(model, tmp_path, format="diffusers")
+    loaded = load_adapter(backbone("flux"), tmp_path)
+    assert [path for path, _, _ in adapters_of(loaded)] == ["proj_out"]
+    torch.testing.assert_close(call("flux", loaded), call("flux", model), **CLOSE)
+
+
 def test_metadata_is_what_diffusers_makes_of_its_settings(tmp_path: Path) -> None:
     save_adapter(adapted(METHODS_HERE[1]), tmp_path, format="diffusers")
     with safe_open(tmp_path / WEIGHTS, framework="pt") as opened:
