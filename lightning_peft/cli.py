@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_peft import AdapterError, list_methods, load_adapter
 from lightning_peft import merge as merge_adapters
 from lightning_peft.callbacks.table import collapsed, show
-from lightning_peft.engine import AdapterFileError
+from lightning_peft.engine import AdapterFileError, adapter_state
 from lightning_peft.interop import read_adapter
 from lightning_peft.interop.files import method_from
 
@@ -63,11 +63,13 @@ def merge(base: str, adapter: str, output: str) -> None:
         base: the YAML that the adapter was trained with; its ``model`` part builds the base.
         adapter: the adapter folder.
         output: a ``.safetensors`` file for the weights under the names of the base model; for a transformers or
-            diffusers model a folder, written by its ``save_pretrained``.
+            diffusers model a folder, written by its ``save_pretrained``. Of several models in one module the one that
+            the adapter changes is written.
     """
-    module = lightning_cli(["--config", base], run=False).model
-    merge_adapters(load_adapter(module, adapter), keep_base=False)
-    inner = [child for child in module.children() if next(child.parameters(), None) is not None]
+    module = load_adapter(lightning_cli(["--config", base], run=False).model, adapter)
+    changed = {key.partition(".")[0] for key in adapter_state(module)}
+    merge_adapters(module, keep_base=False)
+    inner = [child for name, child in module.named_children() if name in changed]
     model = inner[0] if len(inner) == 1 else module
     if Path(output).suffix == ".safetensors":
         Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, MethodWith
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.slots import base_class
 from lightning_peft.parts.attention import Prepend, Record, seen_by
+from lightning_peft.parts.layout import own_of, own_place, with_own
 from lightning_peft.parts.tokens import TokenTarget, embedding_of, stack_targets, text_targets
 
 
@@ -56,6 +57,7 @@ class Tokens(Adapter):
         super().__init__()
         self.prompt, self.p, self.who = prompt, p, who
         self.start, self.removes, self.causal, self.limit = target.start, target.removes, target.causal, target.limit
+        self.place = own_place(target.module)
 
     def reset_parameters(self, layer: Layer, generator: torch.Generator) -> None:
         """As the prompt begins."""
@@ -265,7 +267,7 @@ class BlockTokens(Tokens):
         y = layer(x, **changed) if changed else layer(x)
         if not self.removes:
             return y
-        seen = y[0] if isinstance(y, tuple) else y
+        seen = own_of(y, self.place)
         if layer.is_base and seen.shape[1] != x.shape[1]:
             raise AdapterError(
                 f"{self.who}: {base_class(layer.module).__name__} answered {seen.shape[1]} tokens where it was "
@@ -273,7 +275,7 @@ class BlockTokens(Tokens):
             )
         after = sum(other.p for other in others if other.prompt is not None and not other.removes)
         own = self.remove(seen, after=after)
-        return (own, *y[1:]) if isinstance(y, tuple) else own
+        return with_own(y, self.place, own)
 
     def tokens(self) -> Tensor:
         """(p, D)."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_peft.adapters.side import Exit, Kept, Quiet, Stash
 from lightning_peft.adapters.small_nets import Affine, Norm
 from lightning_peft.engine import AdapterError, Layer, Target
-from lightning_peft.parts.layout import as_map, from_map, grid_of, resample
+from lightning_peft.parts.layout import as_map, from_map, grid_of, own_of, resample, with_own
 from lightning_peft.parts.taps import Tap, axes_of
 
 
@@ -40,9 +40,9 @@ class MetaToken(Quiet):
                     "tokens out with detach_taps=True."
                 )
         y = layer(torch.cat([self.meta.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
-        features = y[0] if isinstance(y, tuple) else y
+        features = own_of(y, self.place)
         self.stash.extra[f"meta {self.index}"] = features[:, :1]
-        return (features[:, 1:], *y[1:]) if isinstance(y, tuple) else features[:, 1:]
+        return with_own(y, self.place, features[:, 1:])
 
 
 class CrossBlock(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.small_nets import Part
 from lightning_peft.engine import Adapter, AdapterError, Layer, MethodWithHead, Target, TargetError
 from lightning_peft.engine.limits import Patterns
-from lightning_peft.parts.layout import Entered, entered, from_last, resample, to_last
+from lightning_peft.parts.layout import Entered, entered, from_last, own_of, own_place, resample, to_last, with_own
 from lightning_peft.parts.taps import Tap, blocks_to_tap, is_causal, taps_of
 
 
@@ -75,7 +75,7 @@ class Quiet(Adapter):
         super().__init__()
         self.stash, self.who, self.attends = stash, type(method).__name__, method.attends
         self.name, self.index, self.first, self.enters = target.name, target.index, target.first, target.enters
-        self.widths = target.width_in, target.d_out
+        self.widths, self.place = (target.width_in, target.d_out), own_place(target.module)
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the module answers."""
@@ -96,7 +96,7 @@ class Quiet(Adapter):
             self.check_cache(layer)
             stash.taps[-1] = x
         y = self.run(x, layer)
-        features = features_of(y)
+        features = own_of(y, self.place)
         if self.enters:
             stash.entered = entered(x, features, layer.module)
         if self.index >= 0:
@@ -158,7 +158,7 @@ class Exit(Quiet):
         """What the side network answers, in the form in which the block does."""
         stash = self.stash
         answer = self.tapped(x, layer)
-        raw = features_of(answer)
+        raw = own_of(answer, self.place)
         # an activation checkpoint runs this block again, and not those whose answers have no graph
         before = None if torch.compiler.is_compiling() or self.enters else stash.before.get(id(x))
         taps, given, extra = stash.taps, stash.entered, stash.extra
@@ -190,16 +190,11 @@ class Exit(Quiet):
             return answer
         if not self.last:
             stash.replaced.append((features, raw))
-        return (features, *answer[1:]) if isinstance(answer, tuple) else features
+        return with_own(answer, self.place, features)
 
     def tap(self, kept: Kept, index: int, like: Tensor) -> Tensor:
         """What block ``index`` answered, (B, ..., C), in the precision of ``like``."""
         return to_last(kept.taps[index], self.firsts[index]).to(like.dtype)
-
-
-def features_of(answer: Any) -> Any:
-    """The features in what a module answers: itself, or the first of a tuple."""
-    return answer[0] if isinstance(answer, tuple | list) else answer
 
 
 def _trains(module: nn.Module) -> bool:

@@ -124,6 +124,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         slots.occupy(target.module, name, adapter)
         _connect(model, target.owner, target.module, adapter, reading)
+        refuse_to_save(model, target.owner)
     _freeze(model, record)
     for target, weight in stored:
         target.module._parameters[target.site.weight] = nn.Parameter(weight, requires_grad=False)
@@ -197,6 +198,9 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
 def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
     """Give every module its own class back; return name -> the adapters that were on it."""
     adapted = [(n, m) for n, m in model.named_modules() if slots.is_slot(m)]
+    for module in model.modules():
+        if isinstance(module.__dict__.get("save_pretrained"), _Refused):
+            del module.__dict__["save_pretrained"]
     return {n: held for n, m in adapted if (held := slots.vacate(m)) is not None}
 
 
@@ -208,6 +212,32 @@ def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[st
             slots.occupy(module, key.partition(":")[0], adapter)  # type: ignore[arg-type]
             _connect(model, path, module, adapter, _readers(model, path, adapter))  # type: ignore[arg-type]
         slots.set_active(module, active)
+        refuse_to_save(model, path)
+
+
+_ADAPTERS_INSIDE = (
+    "save_pretrained would write the base and adapters that from_pretrained passes over. merge(model) first, or write "
+    "the adapters with save_adapter(model, folder)."
+)
+
+
+class _Refused:
+    """In the place of ``save_pretrained`` of a model of which it would write what nobody reads."""
+
+    def __init__(self, because: str) -> None:
+        self.because = because
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AdapterError(self.because)
+
+
+def refuse_to_save(model: nn.Module, path: str, because: str = _ADAPTERS_INSIDE) -> None:
+    """Let ``save_pretrained`` of the modules above ``path``, of those that have it, raise an error."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts) + 1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if callable(getattr(type(module), "save_pretrained", None)):
+            module.__dict__["save_pretrained"] = _Refused(because)
 
 
 def _readers(model: nn.Module, owner: str, adapter: Adapter) -> list[nn.Module]:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import MergeError
-from lightning_peft.engine.inject import ModelT, attach, check_known, detach, owners_of, record_of, set_active
+from lightning_peft.engine.inject import (
+    ModelT,
+    attach,
+    check_known,
+    detach,
+    owners_of,
+    record_of,
+    refuse_to_save,
+    set_active,
+)
 from lightning_peft.engine.slots import Adapter, adapters_of
 from lightning_peft.engine.state import adapter_state
 
@@ -62,6 +71,11 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
                 warnings.warn(f"merge: {path}.{name} was tied to {', '.join(others)}; it is untied now.", stacklevel=2)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     adapters = detach(model)
+    for path, before in kept.items():
+        if None in before.values():
+            made = next(name for name, parameter in before.items() if parameter is None)
+            because = f"the merged {path!r} has a {made} that the model does not have by itself, and from_pretrained "
+            refuse_to_save(model, path, because + "passes over it. Save the adapters with save_adapter before merging.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or (name in record.trainable and slots.can_train(parameter)))
     record.merged = Merged(adapters, kept, active, frozen)

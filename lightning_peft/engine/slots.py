@@ -302,7 +302,7 @@ class SequentialSlot(Slot):
 
 def _base_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward that the module had before, with the effective values visible to it that it reads."""
-    # not by the class that it had: of one that goes into a graph as a whole, torch.compile looks nothing up
+    # not by way of the class: torch.compile does not look into one that was allowed in its graph as a whole
     own = module.__dict__.get("_own_forward") or super(Slot, module).forward
     if module._calls and any(owner._called for owner in module._calls):
         own = functools.partial(_call_layers, module, own)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.low_rank import LowRank, dense
 from lightning_peft.engine import Adapter, AdapterFileError, Target
 from lightning_peft.engine.state import METHOD_STATE
+from lightning_peft.interop.hf_peft import own_values
 from lightning_peft.methods import LoRA
 
 Found = list[tuple[str, nn.Module, Adapter]]
@@ -36,6 +37,11 @@ def as_lora(found: Found, state: Mapping[str, Tensor]) -> tuple[LoRA, Found, dic
             f"the weight of {both[0]!r} is trained beside its adapter, so the result is no change of low rank and "
             "cannot be saved as LoRA. Save the weights of the model."
         )
+    if not found:
+        raise AdapterFileError(
+            "nothing but weights of the base was trained, so there is no adapter that could be saved as LoRA. Save it "
+            "as it is, or save the weights of the model."
+        )
     plain: Found = []
     ranks: dict[str, int] = {}
     new = {key: value for key, value in state.items() if not key.startswith(METHOD_STATE)}
@@ -60,8 +66,11 @@ def as_lora(found: Found, state: Mapping[str, Tensor]) -> tuple[LoRA, Found, dic
         new = {key: value for key, value in new.items() if not key.startswith(prefix)}
         new |= {prefix + key: value.detach() for key, value in lora.state_dict().items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {path: rank for path, rank in ranks.items() if rank != r}
     method = LoRA(
-        r=r, alpha=None, target_modules=tuple(ranks), rank_pattern=pattern, modules_to_save=tuple(sorted(modules))
+        r=r,
+        alpha=None,
+        target_modules=tuple(ranks),
+        rank_pattern=own_values(ranks, r),
+        modules_to_save=tuple(sorted(modules)),
     )
     return method, plain, new

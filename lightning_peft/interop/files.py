@@ -1,4 +1,4 @@
-"""Adapter folders: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+"""Adapter folders: ``adapter_config.json`` beside ``adapter_model.safetensors``, or the one file of diffusers.
 
 For a method that HF PEFT knows, both files are HF PEFT's own format. What it has no place for (the method with its
 arguments, the library's version, the fingerprint of the base) stands in the metadata of the safetensors file, which
@@ -13,7 +13,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,17 +25,25 @@ from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
-from lightning_peft.interop import hf_peft
+from lightning_peft.interop import diffusers_lora, hf_peft
 from lightning_peft.interop.as_lora import as_lora as plain_lora
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Format = Literal["peft", "diffusers"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 _METADATA = "lightning_peft"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, as_lora: bool = False) -> Path:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    as_lora: bool = False,
+    format: Format = "peft",
+) -> Path:
     """Write adapter ``name`` of ``model`` to ``folder``; each file is complete or not there at all.
 
     Of a model that is sharded over several ranks, the first one writes; all of them have to call this.
@@ -46,22 +54,52 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
         name: which adapter.
         as_lora: write the plain LoRA on the original base that computes the same, for servers that know no other
             method; for low-rank changes of weights. A method that starts at a part of the weight doubles its rank.
+        format: ``"peft"`` for the two files of HF PEFT, which hold any method; ``"diffusers"`` for the one LoRA file
+            that ``pipe.load_lora_weights(folder)`` reads: LoRA and DoRA as they are, other low-rank changes of weights
+            as with ``as_lora``. Its keys begin with ``unet``, ``transformer`` or ``text_encoder``.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, or it is no low-rank
-            change and ``as_lora`` is asked for.
+        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, it is no low-rank
+            change and LoRA is asked for, diffusers has no place for it, or the folder holds an adapter in the other
+            format.
     """
+    if format not in get_args(Format):
+        raise AdapterError(f"save_adapter: format is one of {', '.join(map(repr, get_args(Format)))}, got {format!r}.")
     folder, model = Path(folder), adapted_root(model)
     state = {key: whole(value.detach()) for key, value in adapter_state(model, name).items()}
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
     check_finite(state, AdapterError)
+    method: Method = record_of(model).injections[name].method
+    written = _as_diffusers if format == "diffusers" else _as_peft
+    facts, config, tensors = written(model, name, method, state, as_lora, folder)
+    _check_free(folder, CONFIG if format == "diffusers" else diffusers_lora.WEIGHTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    metadata = {"format": "pt", _METADATA: json.dumps(facts)}
+    if format == "diffusers":
+        metadata[diffusers_lora.METADATA] = json.dumps(config, indent=2, sort_keys=True)
+        with replacing(folder / diffusers_lora.WEIGHTS) as tensor_file:
+            save_file(contiguous, tensor_file, metadata=metadata)
+        return folder
+    # the tensors take their place last: until then the former ones say by themselves what they are
+    with replacing(folder / TENSORS) as tensor_file, replacing(folder / CONFIG) as config_file:
+        save_file(contiguous, tensor_file, metadata=metadata)
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+Written = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]  # facts, config, tensors
+
+
+def _as_peft(
+    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool, folder: Path
+) -> Written:
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
-    method: Method = record_of(model).injections[name].method
     found = adapters_of(inner, name)
     if as_lora:
         method, found, state = plain_lora(found, state)
@@ -72,21 +110,45 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     except AdapterFileError as reason:
         config, tensors = facts, state
         if type(method) in hf_peft.CONFIGS:
-            warnings.warn(f"{folder} is written in our own format, not in HF PEFT's: {reason}", stacklevel=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
-    # the tensors take their place last: until then the former ones say by themselves what they are
-    with replacing(folder / TENSORS) as tensor_file, replacing(folder / CONFIG) as config_file:
-        save_file(contiguous, tensor_file, metadata={"format": "pt", _METADATA: json.dumps(facts)})
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return folder
+            warnings.warn(f"{folder} is written in our own format, not in HF PEFT's: {reason}", stacklevel=3)
+    return facts, config, tensors
+
+
+def _as_diffusers(
+    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool, folder: Path
+) -> Written:
+    found = adapters_of(model, name)
+    if as_lora or type(method) not in diffusers_lora.PLAIN:
+        method, found, state = plain_lora(found, state)
+    config, tensors = diffusers_lora.to_diffusers(model, method, found, state)
+    places = diffusers_lora.components(model)
+    adapted = {key.partition(".")[0] for key in tensors}
+    base = {part: fingerprint(model, _below(place), [name]) for part, place in places.items() if part in adapted}
+    # the scaling is in the factors
+    plain = dataclasses.replace(method, alpha=None, alpha_pattern={}, use_rslora=False)  # type: ignore[type-var]
+    return describe(plain) | {"base": base, "layout": "diffusers"}, config, tensors
+
+
+def _below(path: str) -> str:
+    """What the names of all that is inside of the module ``path`` begin with."""
+    return f"{path}." if path else ""
+
+
+def _check_free(folder: Path, other: str) -> None:
+    """Raise an `AdapterFileError` if ``folder`` holds the file ``other`` of the other format."""
+    if (folder / other).exists():
+        raise AdapterFileError(
+            f"{folder} holds an adapter in another format ({other}), and two in one folder could not be told apart. "
+            "Name another folder, or delete it first."
+        )
 
 
 def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, allow_other_base: bool = False) -> ModelT:
     """Put the adapter of ``folder`` into ``model`` under ``name``, and return the model.
 
-    Reads what `save_adapter` wrote, and what HF PEFT's ``save_pretrained`` wrote for LoRA, rsLoRA, DoRA and (IA)^3. If
-    the same method is in the model under this name already, its values are replaced.
+    Reads what `save_adapter` wrote, what HF PEFT's ``save_pretrained`` wrote for LoRA, rsLoRA, DoRA and (IA)^3, and
+    what ``save_lora_adapter`` and ``save_lora_weights`` of diffusers wrote. If the same method is in the model under
+    this name already, its values are replaced.
 
     Args:
         model: a model like the one the adapter was made with, or a LightningModule with it inside.
@@ -98,16 +160,26 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         AdapterFileError: the files are missing, torn, unsafe, of another format, or made for another model.
     """
     facts, config, tensors = read_adapter(folder)
-    method = method_from(facts) if facts else hf_peft.method_from_peft(config, tensors, model)
     target = adapted_root(model)
+    places: dict[str, str] = {}
+    if config.get("layout") == "diffusers":
+        method, tensors, places = diffusers_lora.method_from_diffusers(config["settings"], tensors, target)
+    else:
+        method = method_from(facts) if facts else hf_peft.method_from_peft(config, tensors, model)
     was_there = has_record(target) and name in record_of(target).injections
+    if was_there and places and facts and record_of(target).injections[name].method == method_from(facts):
+        method = method_from(facts)  # the same, its targets not named in full
     inject(target, method, name)
     try:
-        inner, prefix = _unwrapped(target, adapter_state(target, name))
-        is_peft = facts is None or facts.get("layout") == "peft"
+        inner, prefix = (target, "") if places else _unwrapped(target, adapter_state(target, name))
+        is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
         ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
         if facts and not allow_other_base:
-            check_base(fingerprint(target, prefix, [name]), facts.get("base"), str(folder))
+            there = facts.get("base") or {}
+            for part, place in places.items():
+                check_base(fingerprint(target, _below(place), [name]), there.get(part), f"{folder}, {part}")
+            if not places:
+                check_base(fingerprint(target, prefix, [name]), there, str(folder))
         load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
     except AdapterError:
         if not was_there:  # no value has been changed yet
@@ -119,13 +191,18 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Tensor]]:
-    """(our facts or None, config, tensors) of an adapter folder, or of a ``.safetensors`` file that we wrote.
+    """(our facts or None, config, tensors) of an adapter folder, or of a ``.safetensors`` file that says what it is.
+
+    The config of a file of diffusers is its ``layout``, and the ``settings`` that it has in its metadata.
 
     Raises:
         AdapterFileError: the files are missing, torn, or unsafe.
     """
     path = Path(folder)
     file = path if path.is_file() else path / TENSORS
+    if (path / diffusers_lora.WEIGHTS).is_file():
+        _check_free(path, TENSORS)
+        file = path / diffusers_lora.WEIGHTS
     if not file.is_file():
         pickled = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
         hint = f" {pickled[0]} is a pickle, which can run code when it is read: convert it first." if pickled else ""
@@ -141,6 +218,12 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
         what = "is a pickle under a false name, which is never read" if is_pickle else f"is torn or foreign ({error})"
         raise AdapterFileError(f"{file} {what}. Take it from where it was saved again.") from None
     facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
+    if diffusers_lora.METADATA in metadata or file.name == diffusers_lora.WEIGHTS:
+        stated = metadata.get(diffusers_lora.METADATA)
+        settings = _parse(stated, file) if stated else None
+        if facts:
+            check_format(facts, str(file))
+        return facts, {"layout": "diffusers", "settings": settings}, tensors
     config_file = file.parent / CONFIG
     config = _parse(config_file.read_text(), config_file) if config_file.is_file() else facts
     if config is None:

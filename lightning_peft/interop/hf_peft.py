@@ -5,8 +5,8 @@ trusts the tensors, not the patterns of the config: what is in the file is what 
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -16,9 +16,11 @@ from lightning_peft.engine import Adapter, AdapterFileError, Method, adapters_of
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.methods import IA3, DoRA, LoRA, LoRAPlus
 
+V = TypeVar("V")
+
 PREFIX = "base_model.model."
 
-_TENSOR = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|ia3_l)$")
+TENSOR = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|ia3_l)$")
 
 # settings of a LoraConfig that change what the file means, and the value at which they do not
 _PLAIN = {
@@ -103,6 +105,22 @@ def method_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], m
     Raises:
         AdapterFileError: the method, or a setting of it, is not known here.
     """
+    check_settings(config)
+    if any(".base_layer.out_proj." in key for key in tensors):
+        raise AdapterFileError(
+            "the file adapts nn.MultiheadAttention, where HF PEFT adds the update of out_proj twice."
+        )
+    matched = {key: TENSOR.match(key.removeprefix(PREFIX)) for key in tensors}
+    names = {key: m["module"] for key, m in matched.items() if m}
+    whole = {
+        key.removeprefix(PREFIX).rpartition(".")[0] for key, m in matched.items() if not m and "base_layer" not in key
+    }
+    reader = _READERS[config["peft_type"]]
+    return reader(config, {names[key]: tensors[key] for key in names if _gives_rank(key)}, tuple(sorted(whole)))
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Raise an `AdapterFileError` if the method, or a setting of it, is not known here."""
     kind = config.get("peft_type")
     if kind not in _READERS:
         known = ", ".join(sorted(_READERS))
@@ -115,16 +133,6 @@ def method_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], m
                 f"the file was made with {setting}={config[setting]!r}, which is not read here (only {plain[0]!r} is). "
                 "Merge it with HF PEFT, or convert it to a plain adapter there."
             )
-    if any(".base_layer.out_proj." in key for key in tensors):
-        raise AdapterFileError(
-            "the file adapts nn.MultiheadAttention, where HF PEFT adds the update of out_proj twice."
-        )
-    matched = {key: _TENSOR.match(key.removeprefix(PREFIX)) for key in tensors}
-    names = {key: m["module"] for key, m in matched.items() if m}
-    whole = {
-        key.removeprefix(PREFIX).rpartition(".")[0] for key, m in matched.items() if not m and "base_layer" not in key
-    }
-    return _READERS[kind](config, {names[key]: tensors[key] for key in names if _gives_rank(key)}, tuple(sorted(whole)))
 
 
 def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,13 +170,18 @@ def _lora_config(method: LoRA, found: list[tuple[str, nn.Module, Adapter]]) -> d
         "peft_type": "LORA",
         "r": method.r,
         "lora_alpha": alpha,
-        "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != method.r},
-        "alpha_pattern": {re.escape(path): a for path, a in alphas.items() if abs(a - alpha) > 1e-4},
+        "rank_pattern": {exactly(path, ranks): r for path, r in ranks.items() if r != method.r},
+        "alpha_pattern": {exactly(path, ranks): a for path, a in alphas.items() if abs(a - alpha) > 1e-4},
         "lora_dropout": method.dropout,
         "use_rslora": method.use_rslora,
         "use_dora": isinstance(method, DoRA),
         "bias": "none",
     }
+
+
+def exactly(path: str, others: Iterable[str]) -> str:
+    """The pattern of HF PEFT that selects ``path``, and not those of ``others`` that end in it."""
+    return f"^{re.escape(path)}" if any(other.endswith(f".{path}") for other in others) else re.escape(path)
 
 
 def _ia3_config(method: IA3, found: list[tuple[str, nn.Module, Any]]) -> dict[str, Any]:
@@ -178,24 +191,60 @@ def _ia3_config(method: IA3, found: list[tuple[str, nn.Module, Any]]) -> dict[st
     return {"peft_type": "IA3", "target_modules": sorted(inner | outer), "feedforward_modules": sorted(inner)}
 
 
-def _read_lora(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[str, ...]) -> Method:
-    def first(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-        hits = [value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)]
-        return hits[0] if hits else default
+def read_alphas(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Name of each adapted module -> its alpha."""
 
-    ranks = {name: tensor.shape[0] for name, tensor in found.items()}
+    def alpha(name: str) -> Any:
+        patterns = config.get("alpha_pattern") or {}
+        hits = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
+        return hits[0] if hits else config.get("lora_alpha", 8)
+
+    return {name: alpha(name) for name in names}
+
+
+def lora_method(
+    config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    whole: tuple[str, ...] = (),
+    exact: bool = False,
+) -> Method:
+    """The method of a LoraConfig.
+
+    Args:
+        config: its settings.
+        ranks: name of each adapted module -> its rank.
+        alphas: the same for alpha.
+        whole: modules that were trained whole.
+        exact: the names are those in the model; else their last parts, for a model inside of another.
+    """
     alpha = config.get("lora_alpha", 8)
-    alphas = {name: first(config.get("alpha_pattern"), name, alpha) for name in found}
+    names = {name: f"^{re.escape(name)}" if exact else name for name in ranks}
     return (DoRA if config.get("use_dora") else LoRA)(
         r=config["r"],
         alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
         use_rslora=config.get("use_rslora", False),
-        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != config["r"]},
-        alpha_pattern={re.escape(name): a for name, a in alphas.items() if a != alpha},
-        target_modules=tuple(sorted(found)),
+        rank_pattern={names[name]: r for name, r in own_values(ranks, config["r"]).items()},
+        alpha_pattern={names[name]: a for name, a in own_values(alphas, alpha).items()},
+        target_modules=tuple(sorted(names.values())),
         modules_to_save=whole,
     )
+
+
+def _read_lora(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[str, ...]) -> Method:
+    return lora_method(config, {name: t.shape[0] for name, t in found.items()}, read_alphas(config, found), whole)
+
+
+def own_values(values: Mapping[str, V], default: V) -> dict[str, V]:
+    """Those of ``values`` that a pattern has to name, the longest names first.
+
+    A name selects all that end in it, and the first pattern that matches counts. So a longer name that ends in one that
+    is there is there as well, before it.
+    """
+    own = [name for name, value in values.items() if value != default]
+    named = [n for n in values if n in own or any(n.endswith(f".{short}") for short in own)]
+    return {name: values[name] for name in sorted(named, key=len, reverse=True)}
 
 
 def _read_ia3(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[str, ...]) -> Method:

@@ -6,6 +6,7 @@ mode of torch, so no class of attention has to be known, and masks, caches and r
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,6 +143,11 @@ def _check_reachable(name: str, module: nn.Module, who: str) -> None:
         )
 
 
+# processors of diffusers that multiply by themselves what AttnProcessor2_0 hands to torch
+_DIFFUSERS = "diffusers.models.attention_processor"
+_UNFUSED = ("AttnProcessor", "SlicedAttnProcessor")
+
+
 class Products(TorchFunctionMode):
     """While it is entered, stands before every product of an attention; ``calls`` counts them."""
 
@@ -267,12 +273,18 @@ def seen_by(mode: Products, attention: nn.Module, call: Callable[[], Any], who: 
 
 @contextmanager
 def fused(attention: Any) -> Iterator[None]:
-    """Let an attention of timm call the product of torch, where it was built to multiply by itself."""
-    if getattr(attention, "fused_attn", None) is not False:
-        yield
-        return
-    attention.fused_attn = True
+    """Let an attention of timm or diffusers call the product of torch, where it was set to multiply by itself."""
+    fitting: dict[str, Any] = {}
+    if getattr(attention, "fused_attn", None) is False:
+        fitting["fused_attn"] = True
+    kind = type(getattr(attention, "processor", None))
+    if kind.__module__ == _DIFFUSERS and kind.__name__ in _UNFUSED and attention.scale_qk:
+        fitting["processor"] = sys.modules[_DIFFUSERS].AttnProcessor2_0()
+    before = {name: getattr(attention, name) for name in fitting}
+    for name, value in fitting.items():
+        setattr(attention, name, value)
     try:
         yield
     finally:
-        attention.fused_attn = False
+        for name, value in before.items():
+            setattr(attention, name, value)

@@ -4,9 +4,12 @@ Which axis holds the channels is known from the layers of a block, never from co
 from what the first layer of the model answered with.
 """
 
+import ast
+import inspect
 import math
+import textwrap
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,36 @@ def entered(x: Tensor, y: Tensor, module: nn.Module) -> Entered:
         return Entered(x, tuple(y.shape[2:]), True)
     x = y if isinstance(module, nn.Embedding) else x
     return Entered(x, tuple(x.shape[1:-1]), False)
+
+
+def own_place(module: nn.Module) -> int:
+    """Where, in what a block answers, the stream of its first input is; 0 where it answers one, or cannot be told.
+
+    Blocks of two streams, image and text, answer both, in either order. Which is which is read off the names that their
+    forward returns.
+    """
+    forward = inspect.unwrap(base_class(module).forward)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # typed in, or compiled
+        return 0
+    own = next(iter([*inspect.signature(forward).parameters][1:]), None)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            names = [part.id if isinstance(part, ast.Name) else None for part in node.value.elts]
+            if own in names:
+                return names.index(own)
+    return 0
+
+
+def own_of(answer: Any, place: int) -> Any:
+    """What a block answers, or the part of it at ``place`` if it answers several."""
+    return answer[place] if isinstance(answer, tuple | list) else answer
+
+
+def with_own(answer: Any, place: int, new: Tensor) -> Any:
+    """``answer`` with ``new`` in the place of its own stream."""
+    return (*answer[:place], new, *answer[place + 1 :]) if isinstance(answer, tuple) else new
 
 
 def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:

@@ -182,7 +182,10 @@ def stack_targets(
     if windows:
         _check_windows(model, names, deep, who)
     elif len(stacks) > 1:
-        raise TargetError(f"{who}: there are {len(stacks)} stacks of blocks ({', '.join(stacks)}). Name one in blocks.")
+        raise TargetError(
+            f"{who}: there are {len(stacks)} stacks of blocks ({', '.join(stacks)}). Name the one that is to see the "
+            f"prompt: blocks={stacks[0]!r}, say."
+        )
     known, start = _class_tokens(model, names[0])
     if class_tokens is not None:
         if known and class_tokens > start:

@@ -1,12 +1,14 @@
 """Merging folds exactly what acts into plain weights, and can be undone."""
 
 import copy
+import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_peft import SSF, DoRA, LinearProbe, LoRA, inject, merge, set_active, unload, unmerge
+from lightning_peft import SSF, BitFit, DoRA, LinearProbe, LoRA, inject, merge, set_active, unload, unmerge
 from lightning_peft.engine import AdapterError, MergeError, adapters_of
 from tests.engine.test_inject import Gated
 from tests.methods.backbones import assert_unchanged, moved, snapshot, tiny
@@ -195,3 +197,51 @@ def test_adapters_that_do_not_act_are_left_out_and_come_back() -> None:
     assert torch.equal(model(x), only_a)
     set_active(model, ("a", "b"))
     assert torch.equal(model(x), both)
+
+
+class Saved(nn.Module):
+    """As the models of transformers and diffusers, it writes its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2))
+
+    def save_pretrained(self) -> list[str]:
+        return list(self.state_dict())
+
+
+def test_save_pretrained_is_refused_while_adapters_are_inside() -> None:
+    keys = Saved().save_pretrained()
+    model = Saved()
+    whole = nn.ModuleDict({"unet": model, "vae": Saved()})
+    inject(whole, LoRA(r=2, target_modules=r"unet.*0"))
+    inject(whole, LoRA(r=1, target_modules=r"unet.*1"), name="other")
+    assert whole["vae"].save_pretrained() == keys
+
+    def refused(module: Any) -> None:
+        with pytest.raises(AdapterError, match=r"that from_pretrained passes over. merge\(model\) first, or write"):
+            module.save_pretrained()
+
+    refused(model)
+    refused(copy.deepcopy(whole)["unet"])
+    refused(pickle.loads(pickle.dumps(whole))["unet"])
+    merge(whole)
+    assert model.save_pretrained() == keys
+    refused(unmerge(whole)["unet"])
+    unload(whole, "other")
+    refused(model)
+    unload(whole)
+    assert model.save_pretrained() == keys
+    assert "save_pretrained" not in vars(model)
+    assert (
+        inject(model, BitFit(modules_to_save=())).save_pretrained() == keys
+    )  # trained in place: these are its weights
+
+
+def test_save_pretrained_of_a_merged_model_with_more_weights_is_refused() -> None:
+    model = inject(Saved(), SSF(modules_to_save=()))
+    merge(model)
+    with pytest.raises(AdapterError, match=r"'inner.0' has a bias that the model does not have .* with save_adapter"):
+        model.save_pretrained()
+    unload(model)
+    assert model.save_pretrained() == Saved().save_pretrained()

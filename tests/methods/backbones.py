@@ -296,6 +296,27 @@ def _tokens(model: nn.Module) -> Tensor:
     return model(input_ids=ids).logits
 
 
+def _mmdit(model: Any) -> Tensor:
+    return model(
+        _noise(2, 3, 8, 8),
+        encoder_hidden_states=_noise(2, 4, 6),
+        pooled_projections=_noise(2, 5),
+        timestep=torch.tensor([3, 5]),
+    ).sample
+
+
+def _flux(model: Any) -> Tensor:
+    place = torch.arange(9)
+    return model(
+        _noise(2, 9, 4),
+        encoder_hidden_states=_noise(2, 4, 6),
+        pooled_projections=_noise(2, 5),
+        timestep=torch.tensor([0.3, 0.5], dtype=torch.float64),
+        img_ids=torch.stack([torch.zeros(9), place // 3, place % 3], dim=1),
+        txt_ids=torch.zeros(4, 3),
+    ).sample
+
+
 _TEXT: dict[str, Any] = {"vocab_size": 31, "attn_implementation": "sdpa"}
 _VIT: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "num_heads": 3}
 _LLAMA: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -394,6 +415,38 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = 
         lambda model: (
             model(_noise(2, 3, 8, 8), timestep=torch.tensor([3, 5]), class_labels=torch.tensor([1, 2])).sample
         ),
+    ),
+    "sd3": (
+        _diffusers(
+            "SD3Transformer2DModel",
+            sample_size=8,
+            patch_size=2,
+            in_channels=3,
+            out_channels=3,
+            num_layers=2,
+            num_attention_heads=3,
+            attention_head_dim=4,
+            joint_attention_dim=6,
+            caption_projection_dim=12,
+            pooled_projection_dim=5,
+            pos_embed_max_size=8,
+        ),
+        _mmdit,
+    ),
+    "flux": (
+        _diffusers(
+            "FluxTransformer2DModel",
+            patch_size=1,
+            in_channels=4,
+            num_layers=2,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            joint_attention_dim=6,
+            pooled_projection_dim=5,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        _flux,
     ),
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_peft import LoRA, inject
 from lightning_peft.engine import AdapterError, TargetError
 from lightning_peft.parts.blocks import find_blocks, stage_modules, stages_of
 from lightning_peft.parts.layout import (
@@ -12,9 +13,12 @@ from lightning_peft.parts.layout import (
     from_map,
     grid_of,
     layers_of,
+    own_of,
+    own_place,
     resample,
     width_in,
     width_of,
+    with_own,
 )
 from tests.methods.backbones import backbone
 
@@ -122,3 +126,28 @@ def test_stages_and_the_modules_that_hold_them() -> None:
     stages = stages_of(find_blocks(model))
     assert stages == [["layers.0.blocks.0"], ["layers.1.blocks.0"]]
     assert stage_modules(model, stages) == ["layers.0", "layers.1"]
+
+
+def test_the_stream_of_a_block_is_told_from_what_it_returns() -> None:
+    from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+    flux = {"dim": 8, "num_attention_heads": 2, "attention_head_dim": 4}
+    text_first = (
+        JointTransformerBlock(8, 2, 4),
+        JointTransformerBlock(8, 2, 4, context_pre_only=True),
+        FluxTransformerBlock(**flux),
+        FluxSingleTransformerBlock(**flux),
+    )
+    assert [own_place(block) for block in text_first] == [1, 1, 1, 1]
+    image_first = (CogVideoXBlock(8, 2, 4, 8), BasicTransformerBlock(8, 2, 4), nn.Linear(2, 3))
+    assert [own_place(block) for block in image_first] == [0, 0, 0]
+    adapted = inject(nn.ModuleList([text_first[0]]), LoRA(r=2))[0]
+    assert own_place(adapted) == 1
+
+    answer = tuple(torch.zeros(n) for n in (1, 2, 3))
+    assert len(own_of(answer, 1)) == 2
+    assert [len(part) for part in with_own(answer, 1, torch.zeros(7))] == [1, 7, 3]
+    assert own_of(answer[2], 1) is answer[2]
+    assert len(with_own(answer[2], 1, torch.zeros(7))) == 7

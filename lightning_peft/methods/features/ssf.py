@@ -66,7 +66,8 @@ class SSF(TargetedMethod):
 
     Args:
         target_modules: by default every linear layer, convolution and normalisation but the head (and but Swin's
-            patch-merging ``reduction``, which the paper leaves out).
+            patch-merging ``reduction``, which the paper leaves out, and norms like RMSNorm that have no bias which
+            could take the shift: with them, by name, it does not merge).
         modules_to_save: modules trained whole, by default the output head as in the paper.
         init_std: standard deviation of both initial values (0.02 in the reference code); 0 starts as the base.
         exclude_modules: see `TargetedMethod`; so for ``layers_to_transform``.
@@ -94,10 +95,12 @@ class SSF(TargetedMethod):
     init_std: NonNegative = 0.02
 
     def targets(self, model: nn.Module) -> list[Target]:
-        """The chosen operations; Swin's ``reduction`` only if it is named."""
+        """The chosen operations; Swin's ``reduction``, and norms without a place for the shift, only if named."""
         found = super().targets(model)
-        everything = self.target_modules == "all-layers"
-        return [t for t in found if not (everything and t.name.split(".")[-1] == "reduction")]
+        if self.target_modules != "all-layers":
+            return found
+        left_out = {t.name for t in found if t.site.kind == "norm" and t.site.bias is None}
+        return [t for t in found if t.name not in left_out and t.name.split(".")[-1] != "reduction"]
 
     def num_trainable(self, target: Target) -> int:
         """2 * C."""
