@@ -28,24 +28,11 @@ def denoise(model: Any, labels: tuple[int, ...] = (1, 2, 10, 10)) -> Tensor:
 
 
 def unet(**options: Any) -> nn.Module:
-    """Two levels, the lower with attention to text."""
-    import diffusers
-
+    """Two levels, the lower with attention to text; options of its class change it."""
+    like: Any = backbone("unet_text")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = diffusers.UNet2DConditionModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(8, 12),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=6,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            **options,
-        )
+        model = like.from_config(like.config, **options)
     return model.double().eval()
 
 
