@@ -103,6 +103,12 @@ def test_how_often_and_with_what(tmp_path: Path) -> None:
         assert picture.size == (150, 100)
 
 
+def test_epochs_without_validation_have_none_in_a_run_that_validates(tmp_path: Path) -> None:
+    module = Painter()
+    fit(tmp_path, SampleImages(), module=module, max_epochs=4, check_val_every_n_epoch=2)
+    assert sorted(file.name for file in (tmp_path / "samples").iterdir()) == ["epoch_0001.png", "epoch_0003.png"]
+
+
 def test_loggers_that_take_pictures_get_them(tmp_path: Path) -> None:
     class Board(Silent):
         got: Any = None
