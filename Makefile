@@ -32,7 +32,7 @@ tests: $(INSTALLED)  ## tests and doctests; those of kernels once more, interpre
 	TRITON_INTERPRET=1 LIGHTNING_PEFT_KERNELS=interpret $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
 notebooks: $(INSTALLED)  ## run every tutorial
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials/*.ipynb
 
 docs: $(INSTALLED)  ## build the site, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -104,7 +104,7 @@ def fit(model: str, task: str, name: str, seed: int, lr: float) -> tuple[Denoise
     module = denoiser(model, lr, Prompted if isinstance(method, IPAdapter) else Denoiser)
     if method is None:
         targets = [target.name.removeprefix("model.") for target in LoRA(r=4).targets(module)]
-        peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets), module.model)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets), module.model)
     else:
         callbacks = [PEFT(sized(method, module), summary=False)]
     data = DigitsData(digits=digits, half="second", size=16, signed=True, batch_size=32, **LOOKS[look])  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def markdown(results: dict[str, Any]) -> str:
         rates = ", ".join(f"{rate:g}" for rate in RATES[model])
         lines += [
             "",
-            f"**{kind}**, {len(SEEDS[model])} seeds, learning rates {rates}",
+            f"**{kind}**; seeds: {len(SEEDS[model])}, learning rates: {rates}",
             "",
             f"| Method | Trained | {' | '.join(TASKS)} | 0 to 6, after new digits |",
         ]
