@@ -56,7 +56,8 @@ def unet() -> tuple[nn.Module, Loss]:
     )
     latents, times, text = torch.randn(2, 4, 32, 32), torch.tensor([10, 700]), torch.randn(2, 16, 128)
     noise = torch.randn_like(latents)
-    return model, lambda m: (m(latents, times, encoder_hidden_states=text).sample - noise).square().mean()
+    given = {"encoder_hidden_states": text, "added_cond_kwargs": {"image_embeds": torch.randn(2, 1024)}}
+    return model, lambda m: (m(latents, times, **given).sample - noise).square().mean()
 
 
 def dit() -> tuple[nn.Module, Loss]:
