@@ -14,19 +14,16 @@ documentation from what is there; ``--quick`` shows in a few minutes whether eve
 import argparse
 import dataclasses
 import json
-import logging
 import math
 import multiprocessing
 import os
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -36,6 +33,7 @@ from tqdm import tqdm
 from benchmarks.comparison_report import write_report
 from benchmarks.comparison_tasks import CACHE, TASKS, Batch, Split, Task, pretrained_llama, task
 from benchmarks.report import hardware
+from benchmarks.row import one_thread
 from lightning_peft import PEFT, AdapterError, LoRA, get_method, inject, list_methods
 from lightning_peft.engine import Method, TargetedMethod
 
@@ -207,13 +205,6 @@ def _quiet() -> dict[str, Any]:
     return {"accelerator": "cpu", **dict.fromkeys(off, False)}
 
 
-def _prepare() -> None:
-    """In each process: one thread, and none of the hints for small runs."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-
-
 def run(names: list[str], settings: Settings, file: Path, processes: int) -> dict[str, Any]:
     """Compare these methods on both tasks, keep what is in ``file`` of others, and write it after each one."""
     results = json.loads(file.read_text()) if file.exists() else {"tasks": {name: {} for name in TASKS}}
@@ -222,7 +213,7 @@ def run(names: list[str], settings: Settings, file: Path, processes: int) -> dic
     results["before"] = {"topics": _before("topics", settings)}
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
-        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare) as pool,
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), one_thread) as pool,
         tqdm(total=len(names) * len(TASKS), unit="run") as bar,
     ):
         jobs = {pool.submit(compare, on, name, settings): (on, name) for name in names for on in TASKS}
@@ -273,7 +264,7 @@ def main() -> None:
     names = [get_method(name).name for name in args.methods.split(",")] if args.methods else everything
     names.sort(key=lambda name: name not in ENDS)  # what takes longest comes first, so that no core waits at the end
     pretrained_llama()
-    _prepare()
+    one_thread()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     start = time.perf_counter()
     results = run(names, QUICK if args.quick else Settings(), file, args.processes)

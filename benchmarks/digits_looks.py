@@ -17,10 +17,8 @@ lines.
 import argparse
 import base64
 import json
-import logging
 import multiprocessing
 import statistics
-import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -34,6 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.__main__ import hardware
 from benchmarks.report import replace_between
+from benchmarks.row import one_thread
 from lightning_peft import (
     PEFT,
     BitFit,
@@ -229,13 +228,6 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Measure what is asked for, some runs at a time, and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -244,11 +236,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--plot", action="store_true", help="draw from what is there")
     options = parser.parse_args()
-    _prepare()
+    one_thread()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
     chosen = {model: methods(model) for model in options.models.split(",")}
     lines = [(m, n) for m, known in chosen.items() for n in (options.methods.split(",") if options.methods else known)]
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _prepare) as pool:
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), one_thread) as pool:
         todo = {} if options.plot else {pool.submit(measure, *line): line for line in lines}
         for done in tqdm(as_completed(todo), total=len(todo), desc="runs"):
             model, name = todo[done]

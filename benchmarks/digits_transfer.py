@@ -11,19 +11,17 @@ the table of docs/vision.md; ``--plot`` draws from what is there; ``--methods VP
 import argparse
 import dataclasses
 import json
-import logging
 import multiprocessing
 import statistics
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from tqdm import tqdm
 
 from benchmarks.report import hardware, replace_between
+from benchmarks.row import one_thread
 from lightning_peft import PEFT, FullFineTuning, LinearProbe, LoRA, list_methods
 from lightning_peft.callbacks.table import trainable_share
 from lightning_peft.engine import Method
@@ -125,13 +123,6 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(PICTURE, dpi=130)
 
 
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Measure what is asked for, two methods at a time, and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -140,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     names = [] if options.plot else options.methods.split(",") if options.methods else list(methods())
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _prepare) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), one_thread) as pool:
         todo = {pool.submit(measure, name): name for name in names}
         for done in tqdm(as_completed(todo), total=len(todo), desc="methods"):
             results["rows"][todo[done]] = done.result()

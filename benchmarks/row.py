@@ -1,8 +1,10 @@
 """One line of the result, and the ways to measure two things fairly."""
 
 import gc
+import logging
 import statistics
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -24,6 +26,14 @@ class Row(NamedTuple):
         """The value with its unit."""
         whole = self.unit in ("bytes", "us", "lines", "tokens")
         return f"{value:,.0f} {self.unit}" if whole else f"{value:.3f} {self.unit}"
+
+
+def one_thread() -> None:
+    """For a process of many small runs: one thread, and none of the hints that Lightning gives for them."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def alternate(*functions: Callable[[], object], rounds: int, repeats: int) -> list[float]:
