@@ -7,6 +7,7 @@ from lightning_peft.engine import get_method as get_method
 from lightning_peft.engine import inject as inject
 from lightning_peft.engine import list_methods as list_methods
 from lightning_peft.engine import merge as merge
+from lightning_peft.engine import routed as routed
 from lightning_peft.engine import set_active as set_active
 from lightning_peft.engine import set_trainable as set_trainable
 from lightning_peft.engine import unload as unload

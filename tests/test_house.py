@@ -99,6 +99,7 @@ def test_public_names_are_these() -> None:
         "list_methods",
         "load_adapter",
         "merge",
+        "routed",
         "save_adapter",
         "set_active",
         "set_trainable",

@@ -1,7 +1,7 @@
 """Low-rank products: a weight change B A of rank r, for linear, convolution and embedding layers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lightning_peft.engine import Adapter, Layer, Target
 from lightning_peft.kernels.lora_linear import lora_product
 from lightning_peft.kernels.recipes import leave
+from lightning_peft.kernels.segment_lora import segment_lora
 
 
 class LowRank(Adapter):
@@ -48,6 +49,24 @@ class LowRank(Adapter):
         """y = layer(x) + scaling * B (A dropout(x)); two thin products, the delta is never built."""
         y = layer(x)
         return y + _cast(self.product(x, layer), y.dtype)
+
+    @classmethod
+    def together(cls, adapters: Sequence[Adapter], x: Tensor, layer: Layer, index: Tensor) -> Tensor | None:
+        """The layer below runs once; products of other ranks than the largest are filled up with zeros."""
+        ways = ("forward", "product", "through")
+        if any(getattr(cls, way) is not getattr(LowRank, way) for way in ways):
+            return None
+        if any(adapter.dropout and adapter.training for adapter in adapters):
+            return None
+        pairs: list[tuple[Tensor, Tensor]] = [adapter.factors() for adapter in adapters]  # type: ignore[operator]
+        if len({factor.dtype for pair in pairs for factor in pair}) > 1:
+            return None
+        r = max(len(down) for down, _ in pairs)
+        down = torch.stack([F.pad(down, (0, 0, 0, r - len(down))) for down, _ in pairs])
+        up = torch.stack([F.pad(up, (0, r - up.shape[1])) for _, up in pairs])
+        each = index.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+        y = layer(x)
+        return y + _cast(segment_lora(x, down, up, each, 1.0), y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors of the delta: (n, d_in, ...) and (d_out, n), the scaling in the second."""

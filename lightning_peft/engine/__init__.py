@@ -22,6 +22,7 @@ from .method import TargetedMethod as TargetedMethod
 from .method import get_method as get_method
 from .method import list_methods as list_methods
 from .method import register as register
+from .routing import routed as routed
 from .slots import Adapter as Adapter
 from .slots import Kind as Kind
 from .slots import Layer as Layer

@@ -53,6 +53,7 @@ class Record:
         buffers: persistent buffers of the base as they were before.
         merged: what `merge` took out, as long as it can be undone.
         samples: base parameter -> the values that tell one base from another, where they have to be remembered.
+        routed: whether the samples of a batch have adapters of their own at present.
     """
 
     injections: dict[str, Injection] = dataclasses.field(default_factory=dict)
@@ -60,6 +61,7 @@ class Record:
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     merged: Any = None
     samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    routed: bool = False
 
 
 def record_of(model: nn.Module, create: bool = False) -> Record:
@@ -139,9 +141,10 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         AdapterError: there is no adapter of that name, a method that keeps no copy of the base would be left, or two
-            of them train the same parameter in place.
+            of them train the same parameter in place. Or it is called inside of `routed`.
     """
     record = record_of(model)
+    check_not_routed(record)
     wanted = (names,) if isinstance(names, str) else tuple(names)
     check_known(record, wanted)
     changing = [i for name, i in record.injections.items() if i.active != (name in wanted)]
@@ -276,6 +279,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     record = record_of(model)
     if record.merged is not None:
         raise AdapterError("the adapters are merged into the base. unmerge(model) before injecting more.")
+    check_not_routed(record)
     existing = record.injections.get(name)
     if existing is not None and existing.method != method:
         raise AdapterError(
@@ -407,3 +411,12 @@ def check_known(record: Record, names: Iterable[str]) -> None:
         if name not in record.injections:
             there = ", ".join(record.injections)
             raise AdapterError(f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there}.")
+
+
+def check_not_routed(record: Record) -> None:
+    """Raise an `AdapterError` while each sample of a batch has an adapter of its own."""
+    if record.routed:
+        raise AdapterError(
+            "routed(model, ...) lasts still, and puts back what acted before when it ends. Leave it before you change "
+            "adapters; inside, routed(model, ['none']) answers as the base."
+        )

@@ -14,6 +14,7 @@ from lightning_peft.engine.inject import (
     ModelT,
     attach,
     check_known,
+    check_not_routed,
     detach,
     owners_of,
     record_of,
@@ -45,11 +46,12 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
 
     Raises:
         MergeError: an adapter cannot be merged, or holds NaN or infinite values; nothing has been changed then.
-        AdapterError: nothing was injected into this model.
+        AdapterError: nothing was injected into this model, or it is called inside of `routed`.
     """
     record = record_of(model)
     if record.merged is not None:
         raise MergeError("the adapters are merged already.")
+    check_not_routed(record)
     active = tuple(name for name, injection in record.injections.items() if injection.active)
     acting = [(path, module, a) for name in active for path, module, a in adapters_of(model, name)]
     check_mergeable(acting)

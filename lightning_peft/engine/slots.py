@@ -14,7 +14,7 @@ time ``module.weight`` is the raw parameter: optimizers, checkpoints and shardin
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -124,6 +124,18 @@ class Adapter(nn.Module):
         """The output of the adapted layer for input ``x``; ``layer(x)`` is the output of what lies below."""
         raise NotImplementedError(f"{type(self).__name__} acts through weights only: it sits on a module that is read")
 
+    @classmethod
+    def together(cls, adapters: Sequence["Adapter"], x: Any, layer: "Layer", index: Tensor) -> Any:
+        """What `forward` gives where each sample of a batch has an adapter of its own, in one go; None if it cannot.
+
+        Args:
+            adapters: n adapters of this very class, on one layer.
+            x: the input, samples along its first axis.
+            layer: what lies below all of them.
+            index: (samples,) int64, the adapter of each, from 0 to n - 1; -1 for none.
+        """
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in, ...) and bias of one plain layer that computes what `forward` does."""
         raise MergeError(f"{type(self).__name__}: {self.unmergeable_because()}")
@@ -174,6 +186,10 @@ class Layer:
         if keyword is None:
             return _base_forward(self.module, x, *args, **kwargs)
         return _base_forward(self.module, **{keyword: x}, **kwargs)
+
+    def under(self, adapters: tuple[Adapter, ...]) -> "Layer":
+        """What this gives under more adapters, the last of them on top."""
+        return Layer(self.module, self.site, (*self._below, *adapters), self._args, self._kwargs, self._keyword)
 
     @property
     def below(self) -> tuple[Adapter, ...]:
