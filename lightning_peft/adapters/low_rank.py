@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from lightning_peft.engine import Adapter, Layer, Target
 from lightning_peft.kernels.lora_linear import lora_product
 from lightning_peft.kernels.recipes import leave
-from lightning_peft.kernels.segment_lora import segment_lora
 
 
 class LowRank(Adapter):
@@ -53,6 +52,8 @@ class LowRank(Adapter):
     @classmethod
     def together(cls, adapters: Sequence[Adapter], x: Tensor, layer: Layer, index: Tensor) -> Tensor | None:
         """The layer below runs once; products of other ranks than the largest are filled up with zeros."""
+        from lightning_peft.kernels import segment_lora  # here, as it loads triton
+
         ways = ("forward", "product", "through")
         if any(getattr(cls, way) is not getattr(LowRank, way) for way in ways):
             return None

@@ -83,7 +83,7 @@ def _checked(model: nn.Module, record: Record, adapter_names: Sequence[str]) -> 
         for path, module, adapter in adapters_of(model, name):
             if adapter.site.kind == "module":
                 because = f"sits around {path!r} as a whole and not on one layer"
-            elif adapter.site.read or id(module) in read:
+            elif id(module) in read:
                 because = f"sits on {path!r}, whose weight is read without a call of the layer"
             else:
                 continue

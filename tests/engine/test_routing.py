@@ -220,7 +220,7 @@ def test_factors_of_two_precisions() -> None:
     x = torch.randn(2, 4, dtype=torch.float64)
     expected = one_by_one(model, ["b", "a"], x)
     with routed(model, ["b", "a"]):
-        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model(x), expected, **close)  # each keeps its own
 
 
 def test_the_answer_has_the_precision_of_the_layer() -> None:
@@ -273,6 +273,8 @@ def test_what_was_before_is_back(tokens: Tensor) -> None:
         with routed(model, ["none"]):
             assert not torch.equal(model(tokens), outer)
         assert torch.equal(model(tokens), outer)
+        with pytest.raises(AdapterError, match="lasts still"):
+            set_active(model, "a")
         with pytest.raises(RuntimeError, match="by the way"), routed(model, ["a"]):
             raise RuntimeError("by the way")
         assert torch.equal(model(tokens), outer)
