@@ -18,6 +18,8 @@ from benchmarks.gpu.case import Line, Machine
 
 # above what bfloat16 sums in another order differ by, below what a wrong formula does
 TOLERANCE = 0.05
+# of a step: the worst of some hundred gradients behind 16 layers in bfloat16, where HF PEFT itself is at 0.15
+STEP_TOLERANCE = 0.25
 COLUMNS = ("", "Forward", "/ floor", "Both", "/ floor", "Above inputs", "Saved", "Tokens/s", "Error", "Remark")
 PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy", "bitsandbytes")
 
@@ -101,7 +103,8 @@ def heading(lines: list[Line]) -> str:
 def cells(line: Line) -> list[str]:
     """One peer. What computes something else than it should, or has no gradient, gets no figures."""
     errors = [e for e in (line["output_error"], line["grad_error"]) if e is not None]
-    wrong = any(not e <= TOLERANCE for e in errors) or (line["grad_norm"] is not None and not line["grad_norm"] > 0)
+    tolerance = STEP_TOLERANCE if line["tokens"] else TOLERANCE
+    wrong = any(not e <= tolerance for e in errors) or (line["grad_norm"] is not None and not line["grad_norm"] > 0)
     error = f"{max(errors):.1e}" if errors else ""
     if wrong or line["error"] or line["skipped"]:
         remark = line["error"] or line["skipped"] or f"wrong, gradient norm {line['grad_norm']}"

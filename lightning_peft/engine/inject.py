@@ -368,7 +368,7 @@ def _fill(adapter: Adapter, target: Target, name: str) -> None:
         return
     # a generator of its own: other random numbers stay as they were, and the order of the modules has no influence
     seed = zlib.crc32(f"{name}/{target.name}".encode()) ^ (torch.initial_seed() & 0xFFFFFFFF)
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):  # where the generator is, whatever the default
         holds = slots.holds_adapters(target.module)
         below = slots.active_adapters(target.module, target.site.weight) if holds else ()
         layer = Layer(target.module, target.site, below)

@@ -40,7 +40,7 @@ def backend() -> Backend:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether the kernel computes for ``x``.
+    """Whether the kernel computes for ``x``: never in float64, since kernels add up in float32.
 
     Raises:
         ValueError: it is asked for, and ``x`` is not on an accelerator.
@@ -48,7 +48,8 @@ def runs_triton(x: Tensor) -> bool:
     asked = backend()
     if asked == "triton" and not x.is_cuda:
         raise ValueError(f"{VARIABLE}=triton, and a tensor is on {x.device}. Move it, or set {VARIABLE}=auto.")
-    return asked == "interpret" or (asked != "torch" and HAS_TRITON and x.is_cuda)
+    there = asked == "interpret" or (asked != "torch" and HAS_TRITON and x.is_cuda)
+    return there and x.dtype != torch.float64
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import lightning_peft.kernels.linear_cross_entropy_cut as cut
 from lightning_peft.kernels.backend import accumulator, refuse_second
-from lightning_peft.kernels.linear_cross_entropy_rows import Loss, runs_kernels, steps
+from lightning_peft.kernels.linear_cross_entropy_rows import Loss, runs_triton, steps
 
 # bytes of logits that may exist at a time, unless the caller says how many
 LOGITS_BUDGET = 256 * 2**20
@@ -210,12 +210,12 @@ def _forward(
     loss = Loss(ignore_index, label_smoothing, softcap, z_loss)
     T, V, D, whole = x.shape[0], weight.shape[0], x.shape[1], _whole_rows(x, weight, budget)
     measure, merge, differentiate = steps(x)
-    if not runs_kernels(x) and not labels.is_cuda:
+    if not runs_triton(x) and not labels.is_cuda:
         _check_range(labels, V, ignore_index)
     x, labels, bias = x.contiguous(), labels.contiguous(), None if bias is None else bias.contiguous()
     per_row = [x.new_empty(T, dtype=accumulator(x)) for _ in range(3)]
     unit = x.new_empty(T if at_once else 0, D)
-    if runs_kernels(x) and not whole:
+    if runs_triton(x) and not whole:
         target = x.new_full((T,), torch.nan, dtype=torch.float32)  # which a label that is nowhere stays
         merge(cut.measure(x, weight, bias, labels, target, loss), target, labels, V, loss, per_row)
         return per_row[0], per_row[1], per_row[2], unit
@@ -265,7 +265,7 @@ def _backward(
     """The gradients of x, weight and bias, empty for what is frozen."""
     loss = Loss(ignore_index, label_smoothing, softcap, z_loss)
     T, V, D, wide = x.shape[0], weight.shape[0], x.shape[1], accumulator(x)
-    in_one_step = runs_kernels(x) and not _whole_rows(x, weight, budget)
+    in_one_step = runs_triton(x) and not _whole_rows(x, weight, budget)
     differentiate = steps(x)[2]
     x, labels, upstream = x.contiguous(), labels.contiguous(), upstream.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -83,14 +83,9 @@ def _differentiate(
     tile.copy_(gradient)
 
 
-def runs_kernels(x: Tensor) -> bool:
-    """Whether kernels compute for ``x``: none of them does in float64."""
-    return runs_triton(x) and x.dtype != torch.float64
-
-
 def steps(x: Tensor) -> tuple[Any, Any, Any]:
     """What measures a tile, merges the states of its rows and differentiates it."""
-    if runs_kernels(x):
+    if runs_triton(x):
         return _launch_measure, _launch_merge, _launch_differentiate
     return _measure, _merge, _differentiate
 

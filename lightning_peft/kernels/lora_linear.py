@@ -71,7 +71,7 @@ def lora_product(x: Tensor, down: Tensor, up: Tensor, *, dropout: float = 0.0) -
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return F.linear(F.linear(F.dropout(x.to(down.dtype), dropout), down), up)
     # from the generator that everybody uses, so that a run repeats; on the CPU, so that nobody waits
-    seed = int(torch.randint(2**31 - 1, ())) if dropout else None
+    seed = int(torch.randint(2**31 - 1, (), device="cpu")) if dropout else None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else down.dtype
     if not torch.is_grad_enabled():

@@ -129,14 +129,14 @@ _forward.register_autograd(_differentiate, setup_context=_setup)
 
 def _gate(h: Tensor, gates: Tensor) -> Tensor:
     """h (..., E r), the r numbers of each expert times its gate."""
-    if runs_triton(h) and h.dtype != torch.float64:
+    if runs_triton(h):
         return _launch(h, gates)
     return (_by_expert(h, gates) * gates[..., None]).to(h.dtype).view(h.shape)
 
 
 def _gate_backward(dz: Tensor, h: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of h and of the gates."""
-    if runs_triton(h) and h.dtype != torch.float64:
+    if runs_triton(h):
         return _launch_backward(dz, h, gates)
     return _gate(dz, gates), (_by_expert(dz, gates) * _by_expert(h, gates)).sum(-1)
 

@@ -171,7 +171,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup)
 
 def _steps(x: Tensor, lora_A: Tensor) -> tuple[Any, Any, Any]:
     """Shrink, expand and outer: kernels or twins. A factor is (n, r, C) for all of them, however it lies in memory."""
-    if runs_triton(x) and lora_A.dtype != torch.float64:
+    if runs_triton(x):
         return _launch_shrink, _launch_expand, _launch_outer
     return _shrink, _expand, _outer
 

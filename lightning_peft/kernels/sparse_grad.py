@@ -220,7 +220,7 @@ def located(weight: Tensor, places: Tensor, parts: list[tuple[int, int]]) -> Ite
     """These pieces, and what trains in them."""
     width = weight.shape[1:].numel()
     if _can_ask(places):
-        firsts = torch.tensor([first * width for first, _ in parts], dtype=places.dtype)
+        firsts = torch.tensor([first * width for first, _ in parts], dtype=places.dtype, device=places.device)
         bounds = torch.searchsorted(places, firsts).tolist()
         for (first, last), start, end in zip(parts, bounds, [*bounds[1:], len(places)], strict=True):
             yield Piece(slice(first, last), slice(start, end), places[start:end] - first * width)

@@ -23,6 +23,15 @@ from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, TargetedMe
 from tests.methods.backbones import Tiny, assert_unchanged, moved, snapshot, tiny, trainable
 
 
+def test_a_default_device_changes_nothing() -> None:
+    expected = inject(tiny(), LoRA(r=2)).state_dict()
+    base = tiny()
+    with torch.device("meta"):  # nothing may be made where no tensor of the model is
+        inject(base, LoRA(r=2))
+    for key, value in base.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 class Gate(Adapter):
     """No change of a weight: it acts on what comes out."""
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from lightning_peft.kernels import deferred_linear
 from lightning_peft.kernels.deferred_logits import DeferredLogits
-from tests.kernels.rule import INTERPRETED
+from tests.kernels.rule import DEVICE, INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
 
 B, T, D, V = 2, 5, 8, 41
-LABELS = torch.tensor([[3, 40, -100, 0, 7], [1, -100, 2, 39, 11]])
+LABELS = torch.tensor([[3, 40, -100, 0, 7], [1, -100, 2, 39, 11]], device=DEVICE)
 
 
 def made(**kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ def test_a_function_with_a_backward_of_its_own_gets_logits_and_gives_gradients(
 
 def test_under_autocast_they_have_its_precision() -> None:
     x, w, b = made()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         logits, plain = deferred_linear(x, w, b), F.linear(x, w, b)
         assert logits.dtype == plain.dtype == torch.bfloat16
         losses = [F.cross_entropy(each.view(-1, V), LABELS.view(-1)) for each in (logits, plain)]

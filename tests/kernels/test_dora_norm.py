@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.kernels import dora_norm
 from lightning_peft.kernels.dora_norm import _norm
-from tests.kernels.rule import INTERPRETED, assert_near_truth, every_dtype
+from tests.kernels.rule import DEVICE, INTERPRETED, assert_near_truth, every_dtype
 
 
 def plain(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -91,7 +91,7 @@ def test_it_is_a_constant() -> None:
 
 def test_autocast_takes_no_precision_away() -> None:
     weight, a, b = (torch.randn(s) for s in ((4, 6), (2, 6), (4, 2)))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         norm = dora_norm(weight, a, b, 0.1)
     assert torch.equal(norm, dora_norm(weight, a, b, 0.1))
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_peft.kernels import linear_cross_entropy
 from tests.kernels.linear_cross_entropy import batch, compare, in_products, in_rows, module, plain, tiled, twin_only
+from tests.kernels.rule import DEVICE
 
 pytestmark = twin_only
 
@@ -105,6 +106,7 @@ class Allocated(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what would be allocated, without a GPU")
 def test_a_cut_loss_needs_little_beside_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     T, D, V = 8192, 2304, 256000  # Gemma-2 2B
@@ -128,7 +130,8 @@ def test_a_cut_loss_needs_little_beside_its_gradient(monkeypatch: pytest.MonkeyP
         (in_products, "_lce_measure_products"), (in_products, "_lce_differentiate_products"), (in_rows, "_lce_merge")
     ):  # fmt: skip
         monkeypatch.setattr(where, name, launch)
-    monkeypatch.setattr(in_rows, "runs_triton", lambda x: True)
+    for file in (module, in_rows):
+        monkeypatch.setattr(file, "runs_triton", lambda x: True)
     monkeypatch.setattr(module, "_adds_in_float32", lambda x: True)
     monkeypatch.setattr(torch, "addmm", lambda *_, out, **__: out)
     x, weight = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (T, V))
@@ -163,6 +166,7 @@ def operations(function: Any) -> int:
     return count
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the products of the twin, which kernels do in part")
 def test_what_a_budget_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     T, D, V = 11, 3, 61
     monkeypatch.setattr(module, "LEAST_TILE", 17 * T)  # four slices of the vocabulary
@@ -200,7 +204,8 @@ def test_products_for_what_is_frozen_are_left_out(trained: str, forward: int, ba
 def test_nothing_waits_for_the_accelerator(head_trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(in_rows, "runs_triton", lambda x: False)
+    for file in (module, in_rows):
+        monkeypatch.setattr(file, "runs_triton", lambda x: False)
     with FakeTensorMode():  # reading a number from one of its tensors is an error
         x, labels = torch.randn(6, 4, device="cuda"), torch.randint(9, (6,), device="cuda")
         weight, bias = torch.randn(9, 4, device="cuda"), torch.randn(9, device="cuda")

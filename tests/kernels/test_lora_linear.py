@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.kernels import lora_linear, lora_product, rms_norm
-from tests.kernels.rule import check, every_dtype, upstreams
+from tests.kernels.rule import DEVICE, check, every_dtype, upstreams
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -148,7 +148,7 @@ def test_inside_of_activation_checkpoints(reentrant: bool) -> None:
 
 def test_under_autocast_the_product_runs_in_low_precision_and_gradients_are_those_of_the_factors() -> None:
     x, A, B = torch.randn(6, 8).requires_grad_(), torch.randn(2, 8).requires_grad_(), torch.randn(4, 2).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, expected = lora_product(x, A, B), F.linear(F.linear(x, A), B)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_peft.kernels import lora_product, mixture_lora, rms_norm
 from lightning_peft.kernels.mixture_lora import _forward
-from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
+from tests.kernels.rule import DEVICE, INTERPRETED, check, every_dtype, upstreams
 
 
 def plain(x: Tensor, A: Tensor, B: Tensor, gates: Tensor, scaling: float | Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_what_is_kept_for_backward() -> None:
 def test_autocast_decides_on_the_precision() -> None:
     x, A, B, gates, scaling = made((9,), 6, 7, 3, 2)
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         y = mixture_lora(x, A, B, gates, scaling)
     assert y.dtype == dtype
     expected = plain(x, A, B, gates, scaling)

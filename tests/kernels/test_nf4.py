@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft.kernels import nf4_pack, nf4_unpack
 from lightning_peft.kernels.nf4 import BETWEEN, GROUP, LEVELS, Packed, _pack, _unpack
-from tests.kernels.rule import DTYPES, INTERPRETED
+from tests.kernels.rule import DEVICE, DTYPES, INTERPRETED
 
 # the table that the authors' library ships
 TABLE = [
@@ -210,7 +210,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 @settings(max_examples=5 if INTERPRETED else 20, deadline=None, derandomize=True)
 @given(n=st.integers(0, 300), half=st.integers(1, 40), double_quant=st.booleans(), seed=st.integers(0, 99))
 def test_properties(n: int, half: int, double_quant: bool, seed: int) -> None:
-    weight = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(n, generator=torch.Generator(DEVICE).manual_seed(seed))
     found = there_and_back(weight, 2 * half, double_quant)
     assert torch.equal(there_and_back(4 * weight, 2 * half, double_quant), 4 * found), "a power of two changes no code"
     order = torch.randperm(n // (2 * half))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_peft.kernels import nf4_linear, nf4_pack, nf4_unpack
 from lightning_peft.kernels.nf4 import GROUP, Packed
 from lightning_peft.kernels.nf4_linear import _product, nf4_product
-from tests.kernels.rule import DTYPES, INTERPRETED, check, every_dtype, upstreams
+from tests.kernels.rule import DEVICE, DTYPES, INTERPRETED, check, every_dtype, upstreams
 
 # the table that the authors' library ships
 TABLE = [
@@ -168,7 +168,7 @@ def test_gradients_and_their_gradients() -> None:
 def test_autocast_decides_on_the_precision() -> None:
     packed, (x, bias) = nf4_pack(torch.randn(6, 64)), inputs((5,), 6, 64)
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         y = nf4_linear(x, packed, (6, 64), bias)
         assert nf4_linear(x.double(), packed, (6, 64), bias.double()).dtype == torch.float64
     assert torch.equal(y, nf4_linear(x.to(dtype), packed, (6, 64), bias.to(dtype)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, inject, kernels
 from lightning_peft.callbacks.fused import fused
-from tests.kernels.rule import INTERPRETED
+from tests.kernels.rule import DEVICE, INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel is asked")
 
@@ -17,7 +17,7 @@ def trained(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).requires_grad_()
 
 
-PLACES, INDEX = torch.tensor([1, 3]), torch.tensor([0, 1, -1])
+PLACES, INDEX = torch.tensor([1, 3], device=DEVICE), torch.tensor([0, 1, -1], device=DEVICE)
 REFUSING: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": lambda x: kernels.rms_norm(x, None, 1e-6),
     "layer_norm": lambda x: kernels.layer_norm(x, None, None, 1e-6),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_peft.kernels import conv_with_entries
 from lightning_peft.kernels.sparse_conv import _conv
 from tests.kernels.counted import Count
-from tests.kernels.rule import INTERPRETED, check, every_dtype
+from tests.kernels.rule import DEVICE, INTERPRETED, check, every_dtype
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="it has no kernel of its own"),
@@ -182,14 +182,14 @@ def test_autocast_keeps_no_weight_in_its_precision() -> None:
     x, weight, bias, values, index = inputs("plain")
     kept: list[Tensor] = []
     with (
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast(DEVICE, torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         y = ours("plain")(x, weight, bias, values, index)
     assert y.dtype == torch.bfloat16
     assert [t.dtype for t in kept if t.shape == weight.shape] == [torch.float32]
     change = torch.zeros_like(weight).flatten().index_add(0, index, values).view_as(weight).detach()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = F.conv2d(x, weight + change, bias)
     assert torch.equal(y, expected)  # the sum of both is rounded once
     gradients = torch.autograd.grad(y.float().sum(), (x, bias, values))
@@ -200,6 +200,7 @@ def test_autocast_keeps_no_weight_in_its_precision() -> None:
 
 
 # of each weight; no two of the sizes below are the same
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the twin")
 @pytest.mark.parametrize("n", [820, 4060])
 def test_nothing_dense_lives_between_the_passes_and_one_piece_behind_them(
     n: int, monkeypatch: pytest.MonkeyPatch
@@ -247,7 +248,9 @@ def test_wrong_arguments_are_named() -> None:
         given(x, weight.double(), bias, values, index)
     with pytest.raises(ValueError, match="padding must be numbers, 'same' or 'valid', got 'full'"):
         given(x, weight, bias, values, index, padding="full")
-    for wrong in (index.flip(0), index.clamp(max=int(index[3])), index + 162):
+    for wrong in (
+        (index.flip(0), index.clamp(max=int(index[3])), index + 162) if DEVICE == "cpu" else ()
+    ):  # a GPU is not waited for
         with pytest.raises(ValueError, match="conv_with_entries: index must ascend strictly from 0 .* to 161 at most"):
             given(x, weight, bias, values, wrong)
 

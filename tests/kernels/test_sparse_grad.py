@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_peft.kernels import linear_with_columns, linear_with_entries, linear_with_rows
 from lightning_peft.kernels.sparse_grad import _columns, _entries, _entries_backward, _rows
 from tests.kernels.counted import Count
-from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
+from tests.kernels.rule import DEVICE, INTERPRETED, check, every_dtype, upstreams
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
@@ -139,7 +139,7 @@ def test_places_in_another_form() -> None:
         check(ours, told, (x, weight, bias, values, form), dy)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the twin")
+@pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="of the twin")
 @pytest.mark.parametrize("n", [820, 4060])
 def test_entries_keep_nothing_dense_and_one_piece_lives_at_a_time(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GRAD, "PIECE", 16)
@@ -167,7 +167,7 @@ def test_autocast_keeps_no_weight_in_its_precision(form: str) -> None:
     x, weight, bias, values, index = inputs(form, (5,), 6, 8)
     kept: list[Tensor] = []
     with (
-        torch.autocast("cpu", torch.float16 if INTERPRETED else torch.bfloat16),
+        torch.autocast(DEVICE, torch.float16 if INTERPRETED else torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         FORMS[form][0](x, weight, bias, values, index)
@@ -225,7 +225,7 @@ def test_what_is_kept_for_backward(form: str) -> None:
 @every_form
 def test_autocast_decides_on_the_precision(form: str) -> None:
     x, weight, bias, values, index = inputs(form, (5,), 6, 8)
-    with torch.autocast("cpu", torch.float16 if INTERPRETED else torch.bfloat16):
+    with torch.autocast(DEVICE, torch.float16 if INTERPRETED else torch.bfloat16):
         y = FORMS[form][0](x, weight, bias, values, index)
     assert y.dtype == (torch.float16 if INTERPRETED else torch.bfloat16)
     torch.testing.assert_close(y.float(), FORMS[form][1](x, weight, bias, values, index), rtol=0.1, atol=0.1)
@@ -251,6 +251,7 @@ def test_wrong_arguments_are_named(form: str) -> None:
         ours(x, weight.double(), bias, values, index)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU is not waited for")
 def test_entries_must_ascend_within_the_weight() -> None:
     x, weight, bias, values, index = inputs("entries", (5,), 6, 8)
     for wrong in (index.flip(0), index.clamp(max=int(index[3])), index - 48, index + 48):
