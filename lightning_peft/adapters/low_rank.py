@@ -177,8 +177,9 @@ class Recentred(LowRank):
     @torch.no_grad()
     def restart(self, A: Tensor, B: Tensor) -> None:
         """Start at the product of A (r, d_in) and B (d_out, r), which is what is taken out, not scaled yet."""
-        self.lora_A.copy_(A.reshape(self.lora_A.shape) / self.scaling.sqrt())
-        self.lora_B.copy_(B / self.scaling.sqrt())
+        # measured on the accelerator, while the adapter is not there yet
+        self.lora_A.copy_(A.reshape(self.lora_A.shape)).div_(self.scaling.sqrt())
+        self.lora_B.copy_(B).div_(self.scaling.sqrt())
         self.start_A.copy_(self.lora_A)
         self.start_B.copy_(self.lora_B)
 

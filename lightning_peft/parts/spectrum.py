@@ -26,11 +26,12 @@ def leading_svd(weight: Tensor, r: int, niter: int | None, generator: torch.Gene
         return U[:, :r], values[:r], Vh[:r]
     more = min(r + 8, *weight.shape)  # a few directions more make the last ones sharper
     random = torch.randn(weight.shape[1], more, generator=generator).to(weight)
-    Q = torch.linalg.qr(weight @ random).Q
-    for _ in range(niter):
-        Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
-    U, values, Vh = svd(Q.T @ weight)
-    return (Q @ U)[:, :r], values[:r], Vh[:r]
+    with torch.autocast(weight.device.type, enabled=False):  # products in half precision cannot be decomposed
+        Q = torch.linalg.qr(weight @ random).Q
+        for _ in range(niter):
+            Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
+        U, values, Vh = svd(Q.T @ weight)
+        return (Q @ U)[:, :r], values[:r], Vh[:r]
 
 
 def distance_from_orthonormal(rows: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ class PrincipalComponents:
         self.n, self.count, self.total = n, 0, torch.zeros(())
 
     def add(self, rows: Tensor) -> None:
-        """Take in a batch (m, d)."""
+        """Take in a batch (m, d); in half precision, which cannot be decomposed, it is taken in as float32."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if not self.count:
             self.mean, self.values = rows.new_zeros(rows.shape[1]), rows.new_zeros(0)
             self.components = rows.new_zeros(0, rows.shape[1])

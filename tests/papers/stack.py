@@ -55,7 +55,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def loss(model: nn.Module, step: int) -> Tensor:
     x, y = batch(step)
-    return F.mse_loss(model(x.to(next(model.parameters()).dtype)), y.to(next(model.parameters()).dtype))
+    return F.mse_loss(model(x.to(next(model.parameters()))), y.to(next(model.parameters())))
 
 
 def steps(model: nn.Module, optimizer: Optimizer, first: int, last: int, each: Any = None, epoch: int = 0) -> None:

@@ -14,7 +14,7 @@ from lightning_peft import EVA, AdapterError, inject, load_adapter, merge, save_
 from lightning_peft.engine import adapter_state, adapters_of, calibrate, load_adapter_state
 from lightning_peft.engine.errors import AdapterFileError
 from lightning_peft.methods.lora.eva import allocated
-from lightning_peft.parts.spectrum import PrincipalComponents
+from lightning_peft.parts.spectrum import PrincipalComponents, leading_svd
 from tests.papers.stack import Stack, batch, loss, stack
 
 TARGETS = r"layers\.\d\.(attn|up|down)"
@@ -65,6 +65,15 @@ def test_components_of_one_batch_are_exact_and_do_not_depend_on_how_rows_are_cut
         torch.testing.assert_close(found.values[-6:], values, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close((found.components @ Vh.T).abs(), torch.eye(6).double(), rtol=0, atol=1e-6)
         torch.testing.assert_close(found.shares, values**2 / values.square().sum(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_decomposition_under_autocast_is_that_without_it() -> None:
+    weight = torch.randn(7, 9)
+    expected = leading_svd(weight, 2, 4, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = leading_svd(weight, 2, 4, torch.Generator().manual_seed(0))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_ranks_go_where_the_variance_is_and_their_sum_stays() -> None:
