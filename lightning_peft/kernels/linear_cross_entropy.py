@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import lightning_peft.kernels.linear_cross_entropy_cut as cut
-from lightning_peft.kernels.backend import accumulator, refuse_second
-from lightning_peft.kernels.linear_cross_entropy_rows import Loss, runs_triton, steps
+from lightning_peft.kernels.backend import accumulator, refuse_second, runs_triton
+from lightning_peft.kernels.linear_cross_entropy_rows import Loss, steps
 
 # bytes of logits that may exist at a time, unless the caller says how many
 LOGITS_BUDGET = 256 * 2**20

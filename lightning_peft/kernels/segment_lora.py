@@ -105,7 +105,7 @@ def _forward(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, order: Tensor, bounds: Tensor, blocks: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y, and h in the order of the segments."""
-    shrink, expand, _ = _steps(x, lora_A)
+    shrink, expand, _ = _steps(lora_A)
     T, N = len(order), lora_B.shape[1]
     h = shrink(x.reshape(T, x.shape[-1]), lora_A, scaling, order, bounds, blocks)
     y = h.new_empty(*x.shape[:-1], N)
@@ -126,7 +126,7 @@ def _backward(
     h: Tensor, x: Tensor | None, x_dtype: torch.dtype, x_trains: bool, B_trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, lora_A and lora_B, empty for what is frozen; x is None if lora_A is."""
-    shrink, expand, outer = _steps(dy, lora_A)
+    shrink, expand, outer = _steps(lora_A)
     T, K = len(order), lora_A.shape[2]
     rows = dy.reshape(T, dy.shape[-1])
     dx = dy.new_empty((*dy.shape[:-1], K) if x_trains else 0, dtype=x_dtype)
@@ -169,9 +169,9 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _steps(x: Tensor, lora_A: Tensor) -> tuple[Any, Any, Any]:
+def _steps(lora_A: Tensor) -> tuple[Any, Any, Any]:
     """Shrink, expand and outer: kernels or twins. A factor is (n, r, C) for all of them, however it lies in memory."""
-    if runs_triton(x):
+    if runs_triton(lora_A):
         return _launch_shrink, _launch_expand, _launch_outer
     return _shrink, _expand, _outer
 

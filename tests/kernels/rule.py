@@ -25,7 +25,7 @@ def assert_near_truth(result: Tensor, plain: Tensor, truth: Tensor, what: str = 
     assert result.isfinite().all(), what
     floor, truth = FLOOR[result.dtype], truth.double()
     ours, theirs = result.double() - truth, plain.double() - truth
-    # of a truth that is zero, which no rounding hits by chance, the floor is absolute
+    # where the truth is zero, the floor is absolute: rounding need not hit it
     size, largest = (truth.norm().item() or 1.0, truth.abs().max().item() or 1.0) if truth.numel() else (1.0, 1.0)
     assert ours.norm() <= max(2 * theirs.norm(), floor * size), f"{what}: {ours.norm() / size} against {floor}"
     if truth.numel():

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_peft import kernels
+from lightning_peft.kernels.backend import runs_triton
+from tests.kernels.rule import DEVICE, INTERPRETED
 
 
 def test_every_operation_is_declared_once_for_people_and_once_for_type_checkers() -> None:
@@ -36,3 +39,8 @@ assert lightning_peft.kernels.rope is rope and lightning_peft.kernels.scale_shif
 def test_an_unknown_name_is_an_error() -> None:
     with pytest.raises(AttributeError, match="'lightning_peft.kernels' has no attribute 'rpe'"):
         kernels.rpe  # noqa: B018
+
+
+def test_float64_takes_the_twin() -> None:
+    assert runs_triton(torch.zeros(1)) == (INTERPRETED or DEVICE == "cuda")
+    assert not runs_triton(torch.zeros(1, dtype=torch.float64))

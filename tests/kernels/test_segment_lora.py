@@ -51,7 +51,9 @@ def test_parts_may_be_frozen(frozen: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=["fine", "coarse"]
+    ("x_dtype", "dtype"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)],
+    ids=["fine", "coarse", "double"],
 )
 def test_the_result_has_the_precision_of_the_factors(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     x, *others = made((37,), 40, 30, 3, 4, dtype)
