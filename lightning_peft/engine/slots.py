@@ -282,6 +282,9 @@ class Adapters(nn.ModuleDict):
     """The child of a slot below which its adapters hang."""
 
 
+STATE = ("_live", "_reads", "_active", "_called", "_dtype", "_calls", "_parameter_names")  # of a slot, in its __dict__
+
+
 class Slot:
     """What a swapped class puts in front of the class that the module had."""
 
@@ -460,7 +463,7 @@ def vacate(module: nn.Module) -> nn.ModuleDict | None:
     module.__class__ = base_class(module)
     if "_own_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_own_forward")
-    for attribute in ("_live", "_reads", "_active", "_called", "_dtype", "_calls", "_parameter_names"):
+    for attribute in STATE:
         module.__dict__.pop(attribute, None)
     return adapters  # type: ignore[return-value]
 
