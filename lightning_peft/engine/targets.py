@@ -208,13 +208,23 @@ def unsupported(
     ]
 
 
-def select_modules(model: nn.Module, patterns: str | Sequence[str] | None, who: str) -> list[str]:
+def select_modules(
+    model: nn.Module, patterns: str | Sequence[str] | None, who: str, parameters: bool = False
+) -> list[str]:
     """Names of the modules of any type that the patterns (or ``"output-head"``) select.
+
+    Args:
+        model: where to look.
+        patterns: see above.
+        who: how errors name the caller.
+        parameters: select single parameters too, by their names.
 
     Raises:
         TargetError: a pattern selects nothing.
     """
-    everything = {name: module for name, module in base_modules(model) if name}
+    everything: dict[str, nn.Module | None] = {name: module for name, module in base_modules(model) if name}
+    if parameters:
+        everything |= dict.fromkeys(_parameter_names(model))
     chosen: dict[str, None] = {}
     for pattern in as_patterns(patterns):
         if pattern == OUTPUT_HEAD:
@@ -238,24 +248,32 @@ def select_parameters(
     layers_to_transform: Sequence[int] | None = None,
     who: str,
 ) -> list[str]:
-    """Names of the base parameters in the modules that the patterns select; ``"all-layers"`` means all of them.
+    """Names of the base parameters in the modules that the patterns select, or that they select one by one.
+
+    ``"all-layers"`` means all of them.
 
     Raises:
         TargetError: a pattern, or an index, selects nothing.
     """
-    owned = [(owner, module.named_parameters(recurse=False)) for owner, module in base_modules(model)]
-    everything = [f"{owner}.{name}".lstrip(".") for owner, parameters in owned for name, _ in parameters]
+    everything = _parameter_names(model)
 
-    def below(modules: list[str]) -> set[str]:
-        return {name for name in everything if any(name.startswith(module + ".") for module in modules)}
+    def selected(patterns: str | Sequence[str]) -> set[str]:
+        names = select_modules(model, patterns, who, parameters=True)
+        return {name for name in everything if any(is_below(name, other) for other in names)}
 
     chosen = set(everything)
     if target_modules != ALL_LAYERS:
-        chosen = below(select_modules(model, target_modules, who))
-    chosen -= below(select_modules(model, exclude_modules, who))
+        chosen = selected(target_modules)
+    chosen -= selected(exclude_modules)
     if layers_to_transform is not None:
         chosen = keep_layers(chosen, layers_to_transform, who)
     return [name for name in everything if name in chosen]
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """Of all parameters of the base, each under every name that it has."""
+    owned = [(owner, module.named_parameters(recurse=False)) for owner, module in base_modules(model)]
+    return [f"{owner}.{name}".lstrip(".") for owner, parameters in owned for name, _ in parameters]
 
 
 def is_below(name: str, module: str | None) -> bool:

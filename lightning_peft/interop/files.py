@@ -109,7 +109,7 @@ def _as_peft(
         facts["layout"] = "peft"
     except AdapterFileError as reason:
         config, tensors = facts, state
-        if type(method) in hf_peft.CONFIGS:
+        if not isinstance(reason, hf_peft.NoCounterpart):
             warnings.warn(f"{folder} is written in our own format, not in HF PEFT's: {reason}", stacklevel=3)
     return facts, config, tensors
 
@@ -146,9 +146,9 @@ def _check_free(folder: Path, other: str) -> None:
 def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, allow_other_base: bool = False) -> ModelT:
     """Put the adapter of ``folder`` into ``model`` under ``name``, and return the model.
 
-    Reads what `save_adapter` wrote, what HF PEFT's ``save_pretrained`` wrote for LoRA, rsLoRA, DoRA and (IA)^3, and
-    what ``save_lora_adapter`` and ``save_lora_weights`` of diffusers wrote. If the same method is in the model under
-    this name already, its values are replaced.
+    Reads what `save_adapter` wrote; what HF PEFT's ``save_pretrained`` wrote for LoRA and its kin, AdaLoRA, LoHa, LoKr,
+    MiSS (Bone), (IA)^3, prompt tuning and P-tuning; and what ``save_lora_adapter`` and ``save_lora_weights`` of
+    diffusers wrote. If the same method is in the model under this name already, its values are replaced.
 
     Args:
         model: a model like the one the adapter was made with, or a LightningModule with it inside.
@@ -165,7 +165,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     if config.get("layout") == "diffusers":
         method, tensors, places = diffusers_lora.method_from_diffusers(config["settings"], tensors, target)
     else:
-        method = method_from(facts) if facts else hf_peft.method_from_peft(config, tensors, model)
+        method, tensors = (method_from(facts), tensors) if facts else hf_peft.method_from_peft(config, tensors, model)
     was_there = has_record(target) and name in record_of(target).injections
     if was_there and places and facts and record_of(target).injections[name].method == method_from(facts):
         method = method_from(facts)  # the same, its targets not named in full

@@ -124,7 +124,7 @@ class SublayerMethod(TargetedMethod):
     def named(self, model: nn.Module) -> list[Target]:
         """The layers that ``target_modules`` names, less those that are trained whole."""
         who = type(self).__name__
-        whole = select_modules(model, self.modules_to_save, who=who)
+        whole = select_modules(model, self.modules_to_save, who=who, parameters=True)
         chosen = select_targets(
             model,
             self.layers,
@@ -154,7 +154,7 @@ class SublayerMethod(TargetedMethod):
             chosen -= left_out
         if self.layers_to_transform is not None:
             chosen = keep_layers(chosen, self.layers_to_transform, who)
-        whole = select_modules(model, self.modules_to_save, who=who)
+        whole = select_modules(model, self.modules_to_save, who=who, parameters=True)
         chosen -= {name for name in chosen if any(is_below(name, other) for other in whole)}
         if not chosen:
             raise TargetError(
