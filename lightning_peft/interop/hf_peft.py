@@ -19,7 +19,7 @@ from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.state import METHOD_STATE
-from lightning_peft.interop import hf_delta, hf_prompts
+from lightning_peft.interop import hf_delta, hf_prompts, hf_tuners
 from lightning_peft.interop.hf_format import (
     LORA_KNOWN,
     LORA_PLAIN,
@@ -68,7 +68,9 @@ def method_from_peft(
     Raises:
         AdapterFileError: the type, or a setting of it, is not known here; or something is missing in the file.
     """
-    check_settings(config)
+    because = reads(config)
+    if because:
+        return hf_tuners.method_from(config, because), dict(tensors)
     row = ROWS[config["peft_type"]]
     row.warn(config)
     if any(".base_layer.out_proj." in key for key in tensors):
@@ -99,6 +101,8 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
         NoCounterpart: HF PEFT does not know this method.
         AdapterFileError: it cannot express what the method did here.
     """
+    if isinstance(method, hf_tuners.HFPEFT):
+        return hf_tuners.to_peft(found)
     while isinstance(method, HostedMethod):  # what it injects is the other's
         method = method.host
     if type(method) not in CONFIGS:
@@ -138,6 +142,8 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
 def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our keys and in our shapes, for the adapter ``name`` that was injected into ``model``."""
     found = adapters_of(model, name)
+    if found and isinstance(found[0][2], hf_tuners.HFAdapter):
+        return hf_tuners.from_peft(model, name, tensors)
     prompt = hf_prompts.PROMPT in tensors
     prefix = "base_model." if prompt else PREFIX
     left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}

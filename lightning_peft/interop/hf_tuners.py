@@ -36,11 +36,18 @@ from lightning_peft.engine.targets import Target, sites
 
 NAME = "default"  # under which HF PEFT knows the one adapter of each shadow
 
-_PROMPTS = "changes what a model is given, and with it the code that calls the model. Use lightning_peft."
+_PROMPTS = "changes what a model is given, and with it the code that calls the model. Prompts of lightning_peft: "
 _REFUSED = {
     "PROMPT_TUNING": _PROMPTS + "PromptTuning.",
+    "MULTITASK_PROMPT_TUNING": _PROMPTS + "PromptTuning.",
+    "CPT": _PROMPTS + "PromptTuning.",
     "P_TUNING": _PROMPTS + "PTuning.",
     "PREFIX_TUNING": _PROMPTS + "PrefixTuning.",
+    "CARTRIDGE": _PROMPTS + "PrefixTuning.",
+    "ADALORA": "drops ranks in calls that the training loop has to make. AdaLoRA of lightning_peft makes them itself.",
+    "POLY": "wants task_ids with each call, which the model of HF PEFT takes and others do not.",
+    "XLORA": "calls the model twice, and needs adapters that were trained before. Load those under names of their own.",
+    "SHADOW": "runs a network beside the model that none of its layers holds. See LadderSideTuning of lightning_peft.",
 }
 
 
@@ -69,7 +76,9 @@ class HFPEFT(Method):
     def examples(cls) -> tuple[Self, ...]:
         targets = ["q_proj", "v_proj"]
         return (
-            cls(config={"peft_type": "VBLORA", "r": 2, "num_vectors": 4, "vector_length": 1, "target_modules": targets}),
+            cls(
+                config={"peft_type": "VBLORA", "r": 2, "num_vectors": 4, "vector_length": 1, "target_modules": targets}
+            ),
         )
 
     def __post_init__(self) -> None:
@@ -147,15 +156,14 @@ class HFAdapter(Adapter):
 
         if torch.is_grad_enabled():
             raise MergeError(
-                f"HF PEFT merges {type(self.layer).__name__} without a graph, so it cannot train where a weight is read "
-                "without a call of its layer. Use a method of lightning_peft."
+                f"HF PEFT merges {type(self.layer).__name__} without a graph, so it cannot train where a weight is "
+                "read without a call of its layer. Use a method of lightning_peft."
             )
         plain = _twin(self.__dict__["shadow"])
-        plain.__dict__["_parameters"] = {
-            name: value if value is None else nn.Parameter(value.clone(), requires_grad=False)
-            for name, value in self.site.store(plain, weight, bias, weight.dtype).items()
-        }
-        layer = copy.deepcopy(self.layer, {id(self.__dict__["shadow"]): plain})
+        stored = self.site.store(plain, weight, bias, weight.dtype)
+        own = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in stored.items()}
+        plain.__dict__["_parameters"] = plain._parameters | own
+        layer: Any = copy.deepcopy(self.layer, {id(self.__dict__["shadow"]): plain})
         try:
             if isinstance(layer, BaseTunerLayer):
                 layer.merge()
@@ -237,6 +245,8 @@ def _peft_config(settings: Mapping[str, Any]) -> Any:
     kind = settings["peft_type"]
     if kind in _REFUSED:
         raise AdapterError(f"HFPEFT: {kind} {_REFUSED[kind]}")
+    if settings.get("alora_invocation_tokens"):
+        raise AdapterError("HFPEFT: alora_invocation_tokens works in generate of HF PEFT's own model alone.")
     try:
         return _config_class(kind)(**{k: copy.deepcopy(v) for k, v in settings.items() if k != "peft_type"})
     except Exception as error:
@@ -252,7 +262,7 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
     config, (path, root) = _peft_config(settings), _network(model)
     twins: dict[str, nn.Module] = {}
     shadow = _shadow(root, "", twins, {})
-    base = dict(root.named_parameters())
+    base = slots.base_parameters(root)
     before = {p: (p.requires_grad, p.data, p._version) for p in base.values()}
     try:
         # what it draws are numbers of its own
@@ -275,13 +285,17 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
         )
     if config.peft_type != "LORA" and in_place:
         raise TargetError(f"HFPEFT: {settings['peft_type']} trains the base in place ({in_place[0]!r}).")
-    targets = []
+    targets: list[BridgedTarget] = []
     for name, twin, layer in _replaced(shadow, twins):
         module = root.get_submodule(name)
         here = [dataclasses.replace(site, read=False) for site in sites(module)]
         whole = Site("module", "", None)
         site = here[0] if len(here) == 1 else whole
         targets.append(BridgedTarget(plain_name(path + name), module, site, path + name, layer, twin, tuned))
+    held = {p for target in targets for p in target.layer.parameters()}
+    outside = [name for name, p in tuned.named_parameters() if p.requires_grad and p not in held | before.keys()]
+    if outside:
+        raise TargetError(f"HFPEFT: {settings['peft_type']} trains {outside[0]!r}, which none of its layers holds.")
     return _Bridged(targets, [path + name for name in in_place])
 
 
@@ -300,9 +314,15 @@ def _replaced(shadow: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[tup
             continue
         inside.append(f"{name}.")
         holders = [(m, key) for m in layer.modules() for key, child in m._modules.items() if child is twin]
-        changed = [below for below, other in twins.items() if below.startswith(f"{name}.") and not _is_at(twin, below, name, other)]
+        changed = [
+            below
+            for below, other in twins.items()
+            if below.startswith(f"{name}.") and not _is_at(twin, below, name, other)
+        ]
         if not holders or changed:
-            raise TargetError(f"HFPEFT: {type(layer).__name__} rebuilds {name!r}, which cannot be done here. Exclude it.")
+            raise TargetError(
+                f"HFPEFT: {type(layer).__name__} rebuilds {name!r}, which cannot be done here. Exclude it."
+            )
         for holder, key in holders:
             holder.__dict__[key] = holder._modules.pop(key)
         yield name, twin, layer
@@ -320,9 +340,7 @@ def _network(model: nn.Module) -> tuple[str, nn.Module]:
     return "", model
 
 
-def _shadow(
-    module: nn.Module, path: str, twins: dict[str, nn.Module], made: dict[nn.Module, nn.Module]
-) -> nn.Module:
+def _shadow(module: nn.Module, path: str, twins: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> nn.Module:
     """The shadow of ``module``; ``twins`` gets each part of it under its path."""
     if module not in made:
         made[module] = twin = twins[path] = _twin(module)
@@ -343,6 +361,18 @@ def _twin(module: nn.Module) -> nn.Module:
         if name.endswith("_hooks"):
             twin.__dict__[name] = type(value)()
     return twin
+
+
+def method_from(config: Mapping[str, Any], because: str) -> HFPEFT:
+    """The method that made a file of HF PEFT which is not read otherwise, ``because`` of this.
+
+    Raises:
+        AdapterFileError: it does not run here either.
+    """
+    try:
+        return HFPEFT(config=dict(config))
+    except AdapterError as error:
+        raise AdapterFileError(f"{because} {error}") from None
 
 
 def to_peft(found: list[tuple[str, nn.Module, Adapter]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -371,7 +401,7 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            told = set_peft_model_state_dict(tuned, dict(tensors), NAME)
+            told: Any = set_peft_model_state_dict(tuned, dict(tensors), NAME)
         if told.unexpected_keys:
             raise AdapterFileError(f"the file does not fit: HF PEFT has no place for {told.unexpected_keys[:5]}.")
         return {key: value.detach().clone() for key, value in adapter_state(model, name).items()}
