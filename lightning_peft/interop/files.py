@@ -24,16 +24,17 @@ from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapte
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
-from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
+from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
 from lightning_peft.interop import diffusers_lora, hf_peft
 from lightning_peft.interop.as_lora import as_lora as plain_lora
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Format = Literal["peft", "diffusers"]
+Format = Literal["peft", "diffusers", "lightning_peft"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 _METADATA = "lightning_peft"
+_ROUNDING = 1e-5  # relative errors up to it are those of single precision
 
 
 def save_adapter(
@@ -41,7 +42,7 @@ def save_adapter(
     folder: str | Path,
     name: str = "default",
     *,
-    as_lora: bool = False,
+    as_lora: bool | int = False,
     format: Format = "peft",
 ) -> Path:
     """Write adapter ``name`` of ``model`` to ``folder``; each file is complete or not there at all.
@@ -52,30 +53,43 @@ def save_adapter(
         model: the model that was given to `inject`, or a LightningModule with it inside.
         folder: made if it does not exist; an adapter that is there already is replaced.
         name: which adapter.
-        as_lora: write the plain LoRA on the original base that computes the same, for servers that know no other
-            method; for low-rank changes of weights. A method that starts at a part of the weight doubles its rank.
+        as_lora: write a plain LoRA on the original base, for servers that know no other method. True: the LoRA that
+            computes the same, for low-rank changes of weights; a method that starts at a part of the weight doubles
+            its rank. A number: the nearest LoRA of that rank in each layer, for any change of weights of linear,
+            convolution and embedding layers (LoHa, DoRA; weights trained in place, if there is no adapter). A warning
+            and the file say the largest relative error of a layer, ``|D - D_r| / |D|`` in the Frobenius norm.
         format: ``"peft"`` for the two files of HF PEFT, which hold any method; ``"diffusers"`` for the one LoRA file
             that ``pipe.load_lora_weights(folder)`` reads: LoRA and DoRA as they are, other low-rank changes of weights
             as with ``as_lora``. Its keys begin with ``unet``, ``transformer`` or ``text_encoder``.
+            ``"lightning_peft"`` for our own names in those two files, also of what HF PEFT knows.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, it is no low-rank
-            change and LoRA is asked for, diffusers has no place for it, or the folder holds an adapter in the other
-            format.
+        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, it is no change of
+            weights that LoRA can make and LoRA is asked for, diffusers has no place for it, or the folder holds an
+            adapter in the other format.
     """
     if format not in get_args(Format):
         raise AdapterError(f"save_adapter: format is one of {', '.join(map(repr, get_args(Format)))}, got {format!r}.")
+    if not isinstance(as_lora, int) or as_lora < 0:
+        raise AdapterError(f"save_adapter: as_lora is True, False or a rank >= 1, got {as_lora!r}.")
     folder, model = Path(folder), adapted_root(model)
+    if as_lora and as_lora is not True and is_sharded(model):
+        raise AdapterError(
+            "save_adapter: a LoRA of a given rank is computed from whole weights, and these are spread over ranks. "
+            "Save the adapter as it is, and load it into a model of one process first."
+        )
     state = {key: whole(value.detach()) for key, value in adapter_state(model, name).items()}
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
     check_finite(state, AdapterError)
     method: Method = record_of(model).injections[name].method
-    written = _as_diffusers if format == "diffusers" else _as_peft
-    facts, config, tensors = written(model, name, method, state, as_lora, folder)
+    if format == "diffusers":
+        facts, config, tensors = _as_diffusers(model, name, method, state, as_lora)
+    else:
+        facts, config, tensors = _as_peft(model, name, method, state, as_lora, folder if format == "peft" else None)
     _check_free(folder, CONFIG if format == "diffusers" else diffusers_lora.WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
@@ -96,14 +110,18 @@ Written = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]  # facts, con
 
 
 def _as_peft(
-    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool, folder: Path
+    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool | int, folder: Path | None
 ) -> Written:
+    """In our own format where there is no ``folder``, or HF PEFT has no place for it."""
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     found = adapters_of(inner, name)
+    facts: dict[str, Any] = {"base": fingerprint(model, prefix, [name])}
     if as_lora:
-        method, found, state = plain_lora(found, state)
-    facts = describe(method) | {"base": fingerprint(model, prefix, [name])}
+        method, found, state, facts = _as_plain_lora(model, inner, prefix, method, found, state, as_lora)
+    facts = describe(method) | facts
+    if folder is None:
+        return facts, facts, state
     try:
         config, tensors = hf_peft.to_peft(inner, method, found, state)
         facts["layout"] = "peft"
@@ -115,18 +133,43 @@ def _as_peft(
 
 
 def _as_diffusers(
-    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool, folder: Path
+    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool | int
 ) -> Written:
     found = adapters_of(model, name)
+    facts: dict[str, Any] = {}
     if as_lora or type(method) not in diffusers_lora.PLAIN:
-        method, found, state = plain_lora(found, state)
+        method, found, state, facts = _as_plain_lora(model, model, "", method, found, state, as_lora)
     config, tensors = diffusers_lora.to_diffusers(model, method, found, state)
     places = diffusers_lora.components(model)
     adapted = {key.partition(".")[0] for key in tensors}
-    base = {part: fingerprint(model, _below(place), [name]) for part, place in places.items() if part in adapted}
+    base = {part: fingerprint(model, _below(place), trained=()) for part, place in places.items() if part in adapted}
     # the scaling is in the factors
     plain = dataclasses.replace(method, alpha=None, alpha_pattern={}, use_rslora=False)  # type: ignore[type-var]
-    return describe(plain) | {"base": base, "layout": "diffusers"}, config, tensors
+    return describe(plain) | facts | {"base": base, "layout": "diffusers"}, config, tensors
+
+
+def _as_plain_lora(
+    model: nn.Module,
+    inner: nn.Module,
+    prefix: str,
+    method: Method,
+    found: list[Any],
+    state: dict[str, Tensor],
+    as_lora: bool | int,
+) -> tuple[Method, list[Any], dict[str, Tensor], dict[str, Any]]:
+    """Method, adapters and state of the plain LoRA, and what the file says of it."""
+    base = {id(model.get_parameter(key)): value for key, value in base_values(model).items()}
+    r = as_lora if as_lora is not True and as_lora else None
+    plain, found, state, (layer, error) = plain_lora(inner, found, state, r, base)
+    if error > _ROUNDING:
+        warnings.warn(
+            f"as_lora={r} leaves out a part of the change that {type(method).__name__} made: {error:.2g} of its "
+            f"Frobenius norm in {layer!r}, the layer where it is most. A larger rank leaves out less.",
+            stacklevel=5,
+        )
+    trained = [prefix + key for key in state if ".adapters" not in key]
+    facts = {"base": fingerprint(model, prefix, trained=trained)}
+    return plain, found, state, facts | {"as_lora": {"method": method.name, "relative_error": error}}
 
 
 def _below(path: str) -> str:
