@@ -60,8 +60,8 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     """Copy ``tensors`` into the adapter ``name`` that was injected before; keys as in `adapter_state`.
 
     Raises:
-        AdapterFileError: keys are missing or unexpected, a shape is wrong, or a value is NaN or infinite; nothing has
-            been changed then.
+        AdapterFileError: keys are missing or unexpected, a shape is wrong, integers are where numbers have a point,
+            or a value is NaN or infinite; nothing has been changed then.
     """
     state, buffers = adapter_state(model, name), dict(model.named_buffers())
     before = {slots.plain_name(key): value for key, value in record_of(model).buffers.items() if key in buffers}
@@ -76,13 +76,23 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     for prefix, adapter, r in ranks:
         shapes |= {prefix + key: shape for key, shape in adapter.shapes_at(r).items()}
     problems["of the wrong shape"] = [k for k, v in tensors.items() if k in shapes and tuple(v.shape) != shapes[k]]
-    problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    problems["of another kind of number"] = [
+        k for k, v in tensors.items() if k in there and _kind(v) is not _kind(there[k])
+    ]
+    # in eight bits they cannot be asked
+    exact = {k: v.float() if v.dtype.itemsize < 2 else v for k, v in tensors.items() if v.is_floating_point()}
+    problems["NaN or infinite"] = [k for k, v in exact.items() if not v.isfinite().all()]
     refuse(problems, f"adapter {name!r} of {slots.base_class(model).__name__}")
     for _, adapter, r in ranks:
         adapter.resize(r)
     with torch.no_grad():
         for key, value in {**before, **tensors}.items():  # a buffer that is not there had its base value
             there[key].copy_(value)
+
+
+def _kind(tensor: Tensor) -> Any:
+    """What may be copied into what: numbers of any precision, and otherwise the same alone."""
+    return float if tensor.is_floating_point() else tensor.dtype
 
 
 def refuse(problems: Mapping[str, list[str]], what: str) -> None:
