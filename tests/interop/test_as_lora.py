@@ -209,15 +209,17 @@ def test_a_rank_is_a_positive_number(as_lora: Any, tmp_path: Path) -> None:
 
 
 class Whole(LinearProbe):
-    """Trains a layer without a bias, and a norm, in place."""
+    """Trains layers, and a norm, in place."""
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
-        return ["v_proj.weight", "norm.weight", "norm.bias"]
+        return ["v_proj.weight", "norm.weight", "norm.bias", "q_proj.weight"]
 
 
 @pytest.mark.parametrize("active", [True, False])
 def test_weights_that_were_trained_in_place_become_lora_and_norms_go_along(active: bool, tmp_path: Path) -> None:
     model, x = moved(inject(tiny(), Whole())), torch.randn(3, 7)
+    with torch.no_grad():
+        model.q_proj.weight.copy_(tiny().q_proj.weight)  # what has not changed needs no LoRA
     expected = model(x)
     with disabled(model):
         base = model(x)
