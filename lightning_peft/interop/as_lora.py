@@ -161,8 +161,8 @@ def _change(
     new, new_bias = adapter.merged(weight, bias)
     if new_bias is not None and (bias is None or not torch.equal(new_bias, bias)):
         raise AdapterFileError(
-            f"{type(adapter).__name__} on {path!r} changes the bias as well, which LoRA cannot. Save it as it is, or "
-            "merge(model) and save the weights."
+            f"{type(adapter).__name__} on {path!r} changes the bias as well, so it cannot be saved as LoRA. Save it as "
+            "it is, or merge(model) and save the weights."
         )
     return weight, new - weight
 
@@ -196,7 +196,7 @@ def _no_low_rank(path: str, adapter: Adapter | None, places: list[Place], base: 
         needed = max(needed, int((values > noise).sum()))
     exact = f", and as_lora={needed} is exact here" if needed <= _SMALL_RANK else ""
     return AdapterFileError(
-        f"{type(adapter).__name__} on {path!r} is no low-rank product, so no LoRA is the same change by construction. "
+        f"{type(adapter).__name__} on {path!r} is no low-rank product, so it cannot be saved as LoRA as it is. "
         f"as_lora=r (--r on the command line) writes the nearest one of rank r{exact}. Or save it as it is."
     )
 
@@ -214,7 +214,7 @@ def _whole_modules(
     for key, module in modules.items():
         if not module or any(name.startswith(f"{module}.") and name not in state for name in parameters):
             raise AdapterFileError(
-                f"{key!r} was trained beside weights that become LoRA, or without the rest of its module, and LoRA has "
-                "no place for it. Save the adapter as it is, or save the weights of the model."
+                f"{key!r} was trained beside weights that become LoRA, or without the rest of its module, so it "
+                "cannot be saved as LoRA. Save the adapter as it is, or save the weights of the model."
             )
     return tuple(sorted(set(modules.values())))

@@ -184,11 +184,14 @@ def test_no_rank_is_named_where_none_is_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (SSF(target_modules="q_proj"), "ScaleShift on 'q_proj' changes the bias as well, which LoRA cannot"),
+        (
+            SSF(target_modules="q_proj"),
+            "ScaleShift on 'q_proj' changes the bias as well, so it cannot be saved as LoRA",
+        ),
         (SSF(target_modules="norm"), "LoRA does not sit on norm layers"),
         (HoulsbyAdapter(r=2, target_modules="v_proj", modules_to_save=()), "its activation makes it no change"),
         (FullFineTuning(), "base value of 'q_proj' was not kept .* convert .* compares it with a base"),
-        (BitFit(), "'q_proj.bias' was trained .* LoRA has no place|nothing but weights"),
+        (BitFit(), "'q_proj.bias' was trained .* cannot be saved as LoRA|nothing but weights"),
         (LinearProbe(), "'head.bias' was trained beside weights that become LoRA"),
     ],
     ids=["bias", "norm", "bottleneck", "no base kept", "biases", "head with a bias"],
