@@ -26,7 +26,7 @@ from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapte
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
-from lightning_peft.engine.slots import base_class, is_sharded, plain_name, whole
+from lightning_peft.engine.slots import base_class, base_parameters, is_sharded, plain_name, whole
 from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
 from lightning_peft.engine.targets import as_patterns, base_modules
 from lightning_peft.interop import diffusers_lora, hf_peft
@@ -290,8 +290,8 @@ def _check_places(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def _check_names(method: Method, model: nn.Module, source: str) -> None:
-    """Raise an `AdapterFileError` if a name of ``method``, which a file gave, is none of a module of ``model``."""
-    names = {plain_name(name) for name, _ in base_modules(model)}
+    """Raise an `AdapterFileError` if a name of ``method``, which a file gave, is none in ``model``."""
+    names = {plain_name(name) for name in (*dict(base_modules(model)), *base_parameters(model))}
     ends = {name[match.end() :] for name in names for match in re.finditer(r"^|\.", name)}
     exact = {f"^{re.escape(name)}" for name in names}
     for field in ("target_modules", "modules_to_save"):
@@ -304,12 +304,15 @@ def _check_names(method: Method, model: nn.Module, source: str) -> None:
 
 
 def _check_size(method: Method, model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Raise an `AdapterFileError` if ``method`` wants more numbers than the file has, before they are made."""
+    """Raise an `AdapterFileError` if ``method`` wants far more numbers than the file has, before they are made.
+
+    Of a file that lacks a part, it is said later which.
+    """
     host = getattr(method, "host", method)
     if any(cls.rank_axes for cls in host.adapter_types.values()):
         return  # the tensors decide
     wanted, given = method.total_trainable(method.targets(model)), sum(tensor.numel() for tensor in tensors.values())
-    if wanted > given:
+    if wanted > 10 * given + 10**6:
         raise AdapterFileError(
             f"{source} describes {method}, which has {wanted:,} numbers here, and holds {given:,}. It is torn, or made "
             "for another model."
