@@ -331,8 +331,8 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
         because = adapter.unmergeable_because()
         if by and because is None and slots.in_codes(target.site.get(target.module)[0]):
             because = slots.in_codes_because(target.module, target.site)
-        if because is None and adapter.dropout:
-            because, by = "its dropout acts on the input: set dropout=0.", [m for m in by if reads_in_training(m)]
+        if because is None:
+            because, by = adapter.unreadable_because(), [m for m in by if reads_in_training(m)]
         if because and by:
             raise TargetError(
                 f"{type(adapter).__name__} cannot act on {target.name!r}: {slots.base_class(by[0]).__name__} reads "

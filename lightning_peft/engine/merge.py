@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import MergeError
@@ -61,7 +62,7 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
     owners = owners_of(model)
     kept: dict[str, dict[str, nn.Parameter | None]] = {}
     dtype = next((p.dtype for p in slots.base_parameters(model).values() if p.is_floating_point()), None)
-    for path, module in list(slots.slots(model)):
+    for path, module in tqdm(list(slots.slots(model)), desc="Merging", unit="layer", delay=2, leave=False):
         new = merged_parameters(module, dtype)
         if not new:  # none of its adapters acts
             continue

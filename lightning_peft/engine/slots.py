@@ -149,6 +149,10 @@ class Adapter(nn.Module):
         """Why this adapter cannot be folded into its layer, as a sentence; None if it can."""
         return None if self.changes_weights else f"{type(self).__name__} is not a change of weights."
 
+    def unreadable_because(self) -> str | None:
+        """Why this adapter cannot train where its weight is read without a call of its layer, as a sentence."""
+        return "its dropout acts on the input: set dropout=0." if self.dropout else None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)

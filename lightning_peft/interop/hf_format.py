@@ -51,6 +51,10 @@ class NoCounterpart(AdapterFileError):
     """HF PEFT has nothing like it, so nobody expects it to read the file."""
 
 
+class Unread(AdapterFileError):
+    """No method of ours computes it, so HF PEFT itself has to."""
+
+
 class Place(NamedTuple):
     """Where a tensor of ours stands in a file of HF PEFT.
 
@@ -109,16 +113,16 @@ class Row:
     whole_prefix: str = PREFIX
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Raise an `AdapterFileError` that names a setting which is missing, or not known here."""
+        """Raise an `AdapterFileError` that names a setting which is missing, or not known here (`Unread`)."""
         if self.read is None:
-            raise AdapterFileError(f"files of HF PEFT's type {config['peft_type']!r} are not read here: {self.because}")
+            raise Unread(f"files of HF PEFT's type {config['peft_type']!r} are not read here: {self.because}")
         for setting in self.required:
             value = config.get(setting)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise AdapterFileError(f"the config has no number {setting!r}, but {value!r}: it is torn or foreign.")
         for setting, plain in self.plain.items():
             if setting in config and config[setting] not in plain:
-                raise AdapterFileError(
+                raise Unread(
                     f"the file was made with {setting}={config[setting]!r}, which is not read here (only {plain[0]!r} "
                     "is). Merge it with HF PEFT, or convert it to a plain adapter there."
                 )

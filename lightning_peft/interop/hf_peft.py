@@ -19,7 +19,7 @@ from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.state import METHOD_STATE
-from lightning_peft.interop import hf_delta, hf_prompts, hf_tuners
+from lightning_peft.interop import hf_delta, hf_prompts, hfpeft
 from lightning_peft.interop.hf_format import (
     LORA_KNOWN,
     LORA_PLAIN,
@@ -30,6 +30,7 @@ from lightning_peft.interop.hf_format import (
     Place,
     Row,
     State,
+    Unread,
     own_values,
     prefix_of,
     ranks_and_alphas,
@@ -56,7 +57,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in ROWS:
         known = ", ".join(sorted(kind for kind, row in ROWS.items() if row.read))
-        raise AdapterFileError(f"the file holds an adapter of HF PEFT's type {kind!r}; those read here: {known}.")
+        raise Unread(f"the file holds an adapter of HF PEFT's type {kind!r}; those read here: {known}.")
     ROWS[kind].check(config)
 
 
@@ -68,9 +69,10 @@ def method_from_peft(
     Raises:
         AdapterFileError: the type, or a setting of it, is not known here; or something is missing in the file.
     """
-    because = reads(config)
-    if because:
-        return hf_tuners.method_from(config, because), dict(tensors)
+    try:
+        check_settings(config)
+    except Unread as reason:
+        return hfpeft.method_from(config, model, str(reason)), dict(tensors)
     row = ROWS[config["peft_type"]]
     row.warn(config)
     if any(".base_layer.out_proj." in key for key in tensors):
@@ -101,8 +103,8 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
         NoCounterpart: HF PEFT does not know this method.
         AdapterFileError: it cannot express what the method did here.
     """
-    if isinstance(method, hf_tuners.HFPEFT):
-        return hf_tuners.to_peft(found)
+    if isinstance(method, hfpeft.HFPEFT):
+        return hfpeft.to_peft(found)
     while isinstance(method, HostedMethod):  # what it injects is the other's
         method = method.host
     if type(method) not in CONFIGS:
@@ -142,8 +144,8 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
 def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our keys and in our shapes, for the adapter ``name`` that was injected into ``model``."""
     found = adapters_of(model, name)
-    if found and isinstance(found[0][2], hf_tuners.HFAdapter):
-        return hf_tuners.from_peft(model, name, tensors)
+    if found and isinstance(found[0][2], hfpeft.HFPEFTAdapter):
+        return hfpeft.from_peft(model, name, tensors)
     prompt = hf_prompts.PROMPT in tensors
     prefix = "base_model." if prompt else PREFIX
     left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -184,30 +185,29 @@ def changed(folder: Path, change: dict[str, Any], drop: str = "") -> dict[str, A
     return config
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (
-            {"peft_type": "OFT"},
-            "type 'OFT'; those read here: ADALORA, IA3, LOHA, LOKR, LORA, MISS, PROMPT_TUNING, P_TU",
-        ),
-        ({"peft_type": "VERA"}, "'VERA' are not read here: its matrices that all layers share are in the file"),
-        ({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' are not read here: its prefix moves the positions"),
-        ({"peft_type": "RANDLORA"}, "'RANDLORA' are not read here: its columns and rows"),
-        ({"peft_type": "LOHA"}, "the config has no number 'alpha', but None"),
-        ({"peft_type": "ADALORA", "init_r": "8"}, "the config has no number 'init_r', but '8'"),
-        ({"r": True}, "the config has no number 'r', but True"),
-        ({"r": None}, "the config has no number 'r', but None: it is torn or foreign"),
-        ({"lora_bias": True}, "lora_bias=True, which is not read here"),
-        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': .*Convert it: .*path_initial_model_for_weight_conv"),
-        ({"init_lora_weights": "corda"}, "'corda': .*path_initial_model_for_weight_conversion"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', which is not read here"),
-        ({"init_lora_weights": "pissa", "use_dora": True}, "'pissa' and use_dora=True, which is not read here"),
-        ({"peft_type": "LOKR", "alpha": 8, "rank_pattern": {"q_proj": 1}}, "rank_pattern=.'q_proj': 1., which is not"),
-        ({"peft_type": "MISS", "init_weights": "new"}, "init_weights='new', which is not read here"),
-        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "task_type=None, which is not read here"),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "LOHA"}, "the config has no number 'alpha', but None"),
+    ({"peft_type": "ADALORA", "init_r": "8"}, "the config has no number 'init_r', but '8'"),
+    ({"r": True}, "the config has no number 'r', but True"),
+    ({"r": None}, "the config has no number 'r', but None: it is torn or foreign"),
+    ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': .*Convert it: .*path_initial_model_for_weight_conv"),
+    ({"init_lora_weights": "corda"}, "'corda': .*path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', which is not read here"),
+    ({"init_lora_weights": "pissa", "use_dora": True}, "'pissa' and use_dora=True, which is not read here"),
+]
+LEFT_TO_HF_PEFT: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "OFT"}, "type 'OFT'; those read here: ADALORA, IA3, LOHA, LOKR, LORA, MISS, PROMPT_TUNING, P_TU"),
+    ({"peft_type": "VERA"}, "'VERA' are not read here: its matrices that all layers share are in the file"),
+    ({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' are not read here: its prefix moves the positions"),
+    ({"peft_type": "RANDLORA"}, "'RANDLORA' are not read here: its columns and rows"),
+    ({"lora_bias": True}, "lora_bias=True, which is not read here"),
+    ({"peft_type": "LOKR", "alpha": 8, "rank_pattern": {"q_proj": 1}}, "rank_pattern=.'q_proj': 1., which is not"),
+    ({"peft_type": "MISS", "init_weights": "new"}, "init_weights='new', which is not read here"),
+    ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "task_type=None, which is not read here"),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), REFUSED)
 def test_a_setting_that_changes_the_meaning_is_refused(change: dict[str, Any], part: str, tmp_path: Path) -> None:
     hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
     assert hf_peft.reads(changed(tmp_path, {})) is None
@@ -216,6 +216,19 @@ def test_a_setting_that_changes_the_meaning_is_refused(change: dict[str, Any], p
     with pytest.raises(AdapterFileError, match=part) as error:
         load_adapter(model, tmp_path)
     assert hf_peft.reads(config) == str(error.value)
+    assert not hasattr(model, "_peft")
+
+
+@pytest.mark.parametrize(("change", "part"), LEFT_TO_HF_PEFT)
+@pytest.mark.filterwarnings("ignore:settings of the file .* are passed over:UserWarning")
+def test_what_no_method_of_ours_computes_is_left_to_hf_peft(change: dict[str, Any], part: str, tmp_path: Path) -> None:
+    hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    because = hf_peft.reads(changed(tmp_path, change))
+    assert because is not None
+    assert re.search(part, because)
+    model = net()
+    with pytest.raises(AdapterFileError):  # for the tensors are those of plain LoRA
+        load_adapter(model, tmp_path)
     assert not hasattr(model, "_peft")
 
 

@@ -3,6 +3,12 @@
 HF PEFT builds its layers into a *shadow* of the model: modules of the same classes that share parameters and buffers
 with the real ones and never run. Each layer that it put in the place of one of them becomes an adapter on the real
 module; where it calls the layer that it wraps, that call goes to what lies below the adapter.
+
+Paper: that of the tuner.
+Formula: y = t(x, f), where t is the layer of the tuner and f what lies below.
+Shapes: those of the tuner.
+Init: that of the tuner, drawn from numbers of its own; most begin as the base.
+Merge: W' = what ``merge`` of the tuner makes of W, where it has one.
 """
 
 import copy
@@ -31,8 +37,9 @@ from lightning_peft.engine import (
 )
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import Layer, Site, base_class, plain_name
-from lightning_peft.engine.state import adapter_state
+from lightning_peft.engine.state import adapter_state, refuse
 from lightning_peft.engine.targets import Target, sites
+from lightning_peft.interop.patterns import check_pattern
 
 NAME = "default"  # under which HF PEFT knows the one adapter of each shadow
 
@@ -59,8 +66,8 @@ class HFPEFT(Method):
     For what there is no method of our own for: where there is one it is as exact, and faster.
 
     Args:
-        config: a ``peft.PeftConfig``, or its settings with ``peft_type`` among them. ``inference_mode`` and names of
-            hubs do not count.
+        config: a ``peft.PeftConfig``, or its settings with ``peft_type`` among them; by default LoRA on all linear
+            layers. ``inference_mode`` and where a base came from do not count.
 
     Raises:
         AdapterError: ``peft`` is not installed or does not accept the settings, or the tuner cannot run here.
@@ -68,21 +75,22 @@ class HFPEFT(Method):
     """
 
     paper = ""
-    identity_at_init = False
 
-    config: Any
+    config: Any = dataclasses.field(default_factory=lambda: {"peft_type": "LORA", "target_modules": "all-linear"})
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         targets = ["q_proj", "v_proj"]
         return (
-            cls(
-                config={"peft_type": "VBLORA", "r": 2, "num_vectors": 4, "vector_length": 1, "target_modules": targets}
-            ),
+            cls(config={"peft_type": "LORA", "r": 2, "target_modules": targets}),
+            cls(config={"peft_type": "VERA", "r": 3, "target_modules": targets}),
         )
 
     def __post_init__(self) -> None:
-        settings = self.config if isinstance(self.config, dict) else vars(self.config)
+        settings = self.config if isinstance(self.config, dict) else _settings_of(self.config)
+        kind = _plain(settings.get("peft_type"))
+        if kind in _REFUSED:
+            raise AdapterError(f"HFPEFT: {kind} {_REFUSED[kind]}")
         object.__setattr__(self, "config", _told(settings))
         super().__post_init__()
         _peft_config(self.config)
@@ -93,8 +101,7 @@ class HFPEFT(Method):
 
     def adapter(self, target: Target) -> Adapter:
         """The layer that ``peft`` made for it."""
-        assert isinstance(target, BridgedTarget)
-        return HFAdapter(target)
+        return HFPEFTAdapter(target)  # type: ignore[arg-type]  # it is one of those
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """Biases, where the config says so."""
@@ -125,7 +132,7 @@ class _Bridged:
     in_place: list[str]
 
 
-class HFAdapter(Adapter):
+class HFPEFTAdapter(Adapter):
     """A layer of HF PEFT, without the layer that it wraps."""
 
     def __init__(self, target: BridgedTarget) -> None:
@@ -154,11 +161,6 @@ class HFAdapter(Adapter):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        if torch.is_grad_enabled():
-            raise MergeError(
-                f"HF PEFT merges {type(self.layer).__name__} without a graph, so it cannot train where a weight is "
-                "read without a call of its layer. Use a method of lightning_peft."
-            )
         plain = _twin(self.__dict__["shadow"])
         stored = self.site.store(plain, weight, bias, weight.dtype)
         own = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in stored.items()}
@@ -183,6 +185,9 @@ class HFAdapter(Adapter):
         never = isinstance(self.layer, BaseTunerLayer) and type(self.layer).merge is BaseTunerLayer.merge
         return f"HF PEFT does not merge {what}." if never else None
 
+    def unreadable_because(self) -> str | None:
+        return "HF PEFT merges without a graph: take a method of lightning_peft."
+
     @property
     def changes_weights(self) -> bool:
         """Whether HF PEFT can merge it."""
@@ -198,12 +203,27 @@ class HFAdapter(Adapter):
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a PeftConfig that are not the default, in values that JSON can hold."""
     kind = _plain(settings.get("peft_type"))
+    default = _defaults(kind)
+    for name in settings:
+        if name not in default:
+            raise AdapterError(f"HFPEFT: {kind} of peft has no setting {name!r}.{nearest(name, default)}")
+    told = {name: _plain(value) for name, value in settings.items() if name not in _OF_NO_MATTER}
+    return {"peft_type": kind} | {name: value for name, value in told.items() if value != default[name]}
+
+
+def _settings_of(config: Any) -> dict[str, Any]:
+    if not (dataclasses.is_dataclass(config) and hasattr(config, "peft_type")):
+        raise AdapterError(f"HFPEFT: expected a peft.PeftConfig, or a dictionary of its settings, got {config!r}.")
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """Setting of this type -> its default."""
     default = {}
     for field in dataclasses.fields(_config_class(kind)):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         default[field.name] = _plain(made)
-    told = {name: _plain(value) for name, value in settings.items() if name in default and name not in _OF_NO_MATTER}
-    return {"peft_type": kind} | {name: value for name, value in told.items() if value != default[name]}
+    return default
 
 
 _OF_NO_MATTER = {
@@ -243,8 +263,6 @@ def _config_class(kind: Any) -> Any:
 def _peft_config(settings: Mapping[str, Any]) -> Any:
     """The config as ``peft`` wants it; a new one, for it writes into what it is given."""
     kind = settings["peft_type"]
-    if kind in _REFUSED:
-        raise AdapterError(f"HFPEFT: {kind} {_REFUSED[kind]}")
     if settings.get("alora_invocation_tokens"):
         raise AdapterError("HFPEFT: alora_invocation_tokens works in generate of HF PEFT's own model alone.")
     try:
@@ -275,9 +293,10 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
     except Exception as error:
         raise TargetError(f"HFPEFT: peft cannot put {settings['peft_type']} here: {error}") from error
     finally:
-        for parameter, (requires_grad, data, _) in before.items():
-            parameter.data = data
+        for parameter, (requires_grad, data, version) in before.items():
             parameter.requires_grad_(requires_grad)
+            if _has_changed(parameter, data, version):
+                parameter.data = data
     if changed:
         raise TargetError(
             f"HFPEFT: {settings['peft_type']} with these settings changes the base ({changed[0]!r}) when it begins, so "
@@ -363,16 +382,28 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def method_from(config: Mapping[str, Any], because: str) -> HFPEFT:
+def method_from(config: Mapping[str, Any], model: nn.Module, because: str) -> HFPEFT:
     """The method that made a file of HF PEFT which is not read otherwise, ``because`` of this.
 
     Raises:
         AdapterFileError: it does not run here either.
     """
     try:
-        return HFPEFT(config=dict(config))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(config.get(name), str):
+                check_pattern(config[name], "the file")
+        kind = config.get("peft_type")
+        known = _defaults(kind)
+        later = [name for name in config if name not in known and config[name]]
+        if later:
+            warnings.warn(
+                f"settings of the file that {kind} of peft does not know are passed over: {later}.", stacklevel=5
+            )
+        method = HFPEFT(config={name: value for name, value in config.items() if name in known})
+        method.targets(model)
     except AdapterError as error:
         raise AdapterFileError(f"{because} {error}") from None
+    return method
 
 
 def to_peft(found: list[tuple[str, nn.Module, Adapter]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -393,7 +424,7 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
     Raises:
         AdapterFileError: ``peft`` does not accept them.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     state = adapter_state(model, name)
     before = {key: value.detach().clone() for key, value in state.items()}
@@ -401,10 +432,12 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            missing = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tensors.keys()
             told: Any = set_peft_model_state_dict(tuned, dict(tensors), NAME)
-        if told.unexpected_keys:
-            raise AdapterFileError(f"the file does not fit: HF PEFT has no place for {told.unexpected_keys[:5]}.")
+        refuse({"missing": sorted(missing), "unexpected": list(told.unexpected_keys)}, "what HF PEFT expects")
         return {key: value.detach().clone() for key, value in adapter_state(model, name).items()}
+    except AdapterFileError:
+        raise
     except Exception as error:
         raise AdapterFileError(f"HF PEFT does not accept the file: {error}") from error
     finally:
