@@ -11,6 +11,7 @@ Init: that of the tuner, drawn from numbers of its own; most begin as the base.
 Merge: W' = what ``merge`` of the tuner makes of W, where it has one.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -119,10 +120,15 @@ class HFPEFT(Method):
 
 @dataclasses.dataclass(frozen=True)
 class BridgedTarget(Target):
-    """A module with the ``layer`` that HF PEFT made for it, the ``shadow`` it wraps, and the model it is part of."""
+    """A module with the ``layer`` that HF PEFT made for it.
+
+    ``shadow`` is what that wraps, ``holders`` the parts of it that had it as a child, under which names, and ``tuned``
+    the model it is part of.
+    """
 
     layer: nn.Module
     shadow: nn.Module
+    holders: list[tuple[nn.Module, str]]
     tuned: nn.Module
 
 
@@ -139,7 +145,7 @@ class HFPEFTAdapter(Adapter):
         super().__init__()
         self.layer = target.layer
         # no children: they are the base
-        self.__dict__.update(shadow=target.shadow, tuned=target.tuned)
+        self.__dict__.update(shadow=target.shadow, holders=target.holders, tuned=target.tuned)
         self._trained = {name for name, p in target.layer.named_parameters() if p.requires_grad}
 
     def forward(self, x: Any, layer: Layer) -> Any:
@@ -152,7 +158,7 @@ class HFPEFTAdapter(Adapter):
 
         shadow.__dict__["forward"] = below
         try:
-            if keyword is None:
+            if keyword is None or self.site.kind != "module":  # single layers call it x, whatever its name was
                 return self.layer(x, **layer.arguments())
             return self.layer(**{keyword: x}, **layer.arguments())
         finally:
@@ -163,7 +169,8 @@ class HFPEFTAdapter(Adapter):
 
         plain = _twin(self.__dict__["shadow"])
         stored = self.site.store(plain, weight, bias, weight.dtype)
-        own = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in stored.items()}
+        # a copy in plain numbers, in whatever form they are kept
+        own = {name: nn.Parameter(value + 0, requires_grad=False) for name, value in stored.items()}
         plain.__dict__["_parameters"] = plain._parameters | own
         layer: Any = copy.deepcopy(self.layer, {id(self.__dict__["shadow"]): plain})
         try:
@@ -305,12 +312,11 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
     if config.peft_type != "LORA" and in_place:
         raise TargetError(f"HFPEFT: {settings['peft_type']} trains the base in place ({in_place[0]!r}).")
     targets: list[BridgedTarget] = []
-    for name, twin, layer in _replaced(shadow, twins):
+    for name, twin, layer, holders in _replaced(shadow, twins):
         module = root.get_submodule(name)
         here = [dataclasses.replace(site, read=False) for site in sites(module)]
-        whole = Site("module", "", None)
-        site = here[0] if len(here) == 1 else whole
-        targets.append(BridgedTarget(plain_name(path + name), module, site, path + name, layer, twin, tuned))
+        site = here[0] if len(here) == 1 else Site("module", "", None)
+        targets.append(BridgedTarget(plain_name(path + name), module, site, path + name, layer, twin, holders, tuned))
     held = {p for target in targets for p in target.layer.parameters()}
     outside = [name for name, p in tuned.named_parameters() if p.requires_grad and p not in held | before.keys()]
     if outside:
@@ -322,8 +328,11 @@ def _has_changed(parameter: nn.Parameter, data: Tensor, version: int) -> bool:
     return parameter.data_ptr() != data.data_ptr() or parameter._version != version
 
 
-def _replaced(shadow: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(path, module of the shadow, what stands in its place), with that module taken out of its children."""
+Holders = list[tuple[nn.Module, str]]
+
+
+def _replaced(shadow: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module, Holders]]:
+    """(path, module of the shadow, what stands in its place, what had it as a child: no more)."""
     inside: list[str] = []
     for name, twin in twins.items():
         if any(name.startswith(outer) for outer in inside) or not name:
@@ -344,7 +353,7 @@ def _replaced(shadow: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[tup
             )
         for holder, key in holders:
             holder.__dict__[key] = holder._modules.pop(key)
-        yield name, twin, layer
+        yield name, twin, layer, holders
 
 
 def _is_at(twin: nn.Module, below: str, name: str, other: nn.Module) -> bool:
@@ -406,14 +415,32 @@ def method_from(config: Mapping[str, Any], model: nn.Module, because: str) -> HF
     return method
 
 
+@contextlib.contextmanager
+def _tuned(found: list[tuple[str, nn.Module, Adapter]]) -> Iterator[Any]:
+    """The model of HF PEFT whose layers these are, put together while it lasts.
+
+    Raises:
+        AdapterFileError: there are several.
+    """
+    parts = [adapter.__dict__ for _, _, adapter in found]
+    if len({id(part["tuned"]) for part in parts}) > 1:
+        raise AdapterFileError("HF PEFT cannot write an adapter that was injected in several goes. Inject it at once.")
+    held = [(holder, key, part["shadow"]) for part in parts for holder, key in part["holders"]]
+    for holder, key, shadow in held:
+        holder._modules[key] = shadow
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bases and hubs
+            yield parts[0]["tuned"]
+    finally:
+        for holder, key, _ in held:
+            del holder._modules[key]
+
+
 def to_peft(found: list[tuple[str, nn.Module, Adapter]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors as ``peft`` writes them."""
-    tuned = {adapter.__dict__["tuned"] for _, _, adapter in found}
-    if len(tuned) > 1:
-        raise AdapterFileError("HF PEFT cannot write an adapter that was injected in several goes. Inject it at once.")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tuned.pop().save_pretrained(folder, save_embedding_layers=False)
+    with tempfile.TemporaryDirectory() as folder, _tuned(found) as tuned:
+        tuned.save_pretrained(folder, save_embedding_layers=False)
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
         return config, load_file(Path(folder) / "adapter_model.safetensors")
 
@@ -428,10 +455,8 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
 
     state = adapter_state(model, name)
     before = {key: value.detach().clone() for key, value in state.items()}
-    tuned = adapters_of(model, name)[0][2].__dict__["tuned"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _tuned(adapters_of(model, name)) as tuned:
             missing = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tensors.keys()
             told: Any = set_peft_model_state_dict(tuned, dict(tensors), NAME)
         refuse({"missing": sorted(missing), "unexpected": list(told.unexpected_keys)}, "what HF PEFT expects")
