@@ -110,6 +110,32 @@ def dense(down: Tensor, up: Tensor) -> Tensor:
     return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
+@torch.no_grad()
+def truncated(down: Tensor, up: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of rank r of the product, and the relative error of it (Frobenius).
+
+    Nothing of the size of the product is built. Factors of a rank of r or less come back as they are.
+
+    Args:
+        down: (R, d_in, ...).
+        up: (d_out, R).
+        r: rank; where the product has fewer directions, as many as it has.
+
+    Returns:
+        (r, d_in, ...) and (d_out, r), which share the singular values evenly; |product - result| / |product|.
+    """
+    if len(down) <= r:
+        return down, up, 0.0
+    exact = torch.promote_types(down.dtype, torch.float32)
+    left, above = torch.linalg.qr(up.to(exact))
+    right, below = torch.linalg.qr(down.flatten(1).T.to(exact))
+    U, values, Vh = torch.linalg.svd(above @ below.T, full_matrices=False)
+    root = values[:r].sqrt()
+    whole, lost = torch.linalg.vector_norm(values), torch.linalg.vector_norm(values[r:])
+    down = ((root[:, None] * Vh[:r]) @ right.T).unflatten(1, down.shape[1:]).to(down.dtype)
+    return down, (left @ (U[:, :r] * root)).to(up.dtype), (lost / whole).item() if whole else 0.0
+
+
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # asking first is cheaper: this runs for every layer
 
