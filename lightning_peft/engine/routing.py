@@ -44,18 +44,15 @@ def routed(model: ModelT, adapter_names: Sequence[str]) -> Iterator[ModelT]:
     outer, record.routed = record.routed, True
     try:
         for path, module in slots.slots(model):
-            stacks = [tuple(_named(module, name)) for name in names]
+            stacks = {name: tuple(slots.named(module, name)) for name in set(names)}
             module._active = ()  # type: ignore[assignment]  # nothing may act through a weight that is read
-            module._called = (_Route(path, stacks),) if any(stacks) else ()  # type: ignore[assignment]
+            route = _Route(path, [stacks[name] for name in names]) if any(stacks.values()) else None
+            module._called = () if route is None else (route,)  # type: ignore[assignment]
         yield model
     finally:
         record.routed = outer
         for module, active, called in before:
             module._active, module._called = active, called
-
-
-def _named(module: Any, name: str) -> list[Adapter]:
-    return [adapter for key, adapter in module.adapters.items() if key.partition(":")[0] == name]
 
 
 def _checked(model: nn.Module, record: Record, adapter_names: Sequence[str]) -> tuple[str, ...]:
