@@ -273,9 +273,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     if not name or "." in name or ":" in name:
         raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
     if hasattr(slots.Adapters(), name):
-        raise AdapterError(
-            f"inject: an attribute of nn.ModuleDict has the name {name!r}, so no adapter can. Use another."
-        )
+        raise AdapterError(f"inject: {name!r} is an attribute of nn.ModuleDict, so no adapter can have that name.")
     if next(model.parameters(), None) is None:
         raise TargetError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
     if not has_record(model):

@@ -126,14 +126,14 @@ class Adapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} acts through weights only: it sits on a module that is read")
 
     @classmethod
-    def together(cls, adapters: Sequence["Adapter"], x: Any, layer: "Layer", index: Tensor) -> Any:
+    def together(cls, adapters: Sequence["Adapter"], x: Any, layer: "Layer", samples: "Samples") -> Any:
         """What `forward` gives where each sample of a batch has an adapter of its own, in one go; None if it cannot.
 
         Args:
-            adapters: n adapters of this very class, on one layer.
+            adapters: adapters on one layer, of classes that have this method in common.
             x: the input, samples along its first axis.
             layer: what lies below all of them.
-            index: (samples,) int64, the adapter of each, from 0 to n - 1; -1 for none.
+            samples: which of them have which adapter.
         """
         return None
 
@@ -157,6 +157,31 @@ class Adapter(nn.Module):
             return t.to(moved.device) if lower else moved
 
         return super()._apply(keep_precision, recurse)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How the samples of a batch are spread over adapters.
+
+    Args:
+        index: (samples,) int64, the adapter of each; -1 for none.
+        order: (samples,) int64, those of the first adapter first, and those without one last.
+        back: (samples,) int64, where each of them is in that order.
+        lengths: how many each adapter has; behind them how many have none, if there are such.
+    """
+
+    index: Tensor
+    order: Tensor
+    back: Tensor
+    lengths: list[int]
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Those of each adapter by themselves, in the order of ``lengths``."""
+        return x.index_select(0, self.order).split(self.lengths)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `parts`."""
+        return torch.cat(parts).index_select(0, self.back)  # type: ignore[arg-type]
 
 
 class Layer:
