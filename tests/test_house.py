@@ -93,6 +93,7 @@ def test_public_names_are_these() -> None:
         "PEFTFSDPStrategy",
         "PEFTFederatedStrategy",
         "PEFTOffloadStrategy",
+        "combine",
         "contrastive_denoising_loss",
         "disabled",
         "get_method",

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine import Adapter, Layer, Target
+from lightning_peft.engine.slots import Samples
 from lightning_peft.kernels.lora_linear import lora_product
 from lightning_peft.kernels.recipes import leave
 
@@ -50,24 +52,18 @@ class LowRank(Adapter):
         return y + _cast(self.product(x, layer), y.dtype)
 
     @classmethod
-    def together(cls, adapters: Sequence[Adapter], x: Tensor, layer: Layer, index: Tensor) -> Tensor | None:
-        """The layer below runs once; products of other ranks than the largest are filled up with zeros."""
-        from lightning_peft.kernels import segment_lora  # here, as it loads triton
-
-        ways = ("forward", "product", "through")
-        if any(getattr(cls, way) is not getattr(LowRank, way) for way in ways):
+    def together(cls, adapters: Sequence[Any], x: Tensor, layer: Layer, samples: Samples) -> Tensor | None:
+        """The layer below runs once for all; each product sees the samples of its own."""
+        if any(type(adapter).forward is not LowRank.forward for adapter in adapters):
             return None
-        if any(adapter.dropout and adapter.training for adapter in adapters):
-            return None
-        pairs: list[tuple[Tensor, Tensor]] = [adapter.factors() for adapter in adapters]  # type: ignore[operator]
-        if len({factor.dtype for pair in pairs for factor in pair}) > 1:
-            return None
-        r = max(len(down) for down, _ in pairs)
-        down = torch.stack([F.pad(down, (0, 0, 0, r - len(down))) for down, _ in pairs])
-        up = torch.stack([F.pad(up, (0, r - up.shape[1])) for _, up in pairs])
-        each = index.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
         y = layer(x)
-        return y + _cast(segment_lora(x, down, up, each, 1.0), y.dtype)
+        change = _by_segments(adapters, x, samples.index) if x.is_cuda else None
+        if change is None:
+            pairs = zip(adapters, samples.parts(x), strict=False)
+            parts = [_cast(adapter.product(part, layer), y.dtype) for adapter, part in pairs]
+            parts += [y.new_zeros(without, *y.shape[1:]) for without in samples.lengths[len(parts) :]]
+            change = samples.joined(parts)
+        return y + _cast(change, y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors of the delta: (n, d_in, ...) and (d_out, n), the scaling in the second."""
@@ -134,6 +130,27 @@ def truncated(down: Tensor, up: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     whole, lost = torch.linalg.vector_norm(values), torch.linalg.vector_norm(values[r:])
     down = ((root[:, None] * Vh[:r]) @ right.T).unflatten(1, down.shape[1:]).to(down.dtype)
     return down, (left @ (U[:, :r] * root)).to(up.dtype), (lost / whole).item() if whole else 0.0
+
+
+def _by_segments(adapters: Sequence[Any], x: Tensor, index: Tensor) -> Tensor | None:
+    """The changes of all samples in a few launches, however many adapters there are; None if they cannot be stacked.
+
+    ``index`` (samples,) is the adapter of each, -1 for none. Smaller ranks are filled up with zeros.
+    """
+    from lightning_peft.kernels import segment_lora  # here, as it loads triton
+
+    ways = ("product", "through")
+    if any(getattr(type(adapter), way) is not getattr(LowRank, way) for adapter in adapters for way in ways):
+        return None
+    if any(adapter.dropout and adapter.training for adapter in adapters):
+        return None
+    pairs: list[tuple[Tensor, Tensor]] = [adapter.factors() for adapter in adapters]
+    if len({factor.dtype for pair in pairs for factor in pair}) > 1:
+        return None
+    r = max(len(down) for down, _ in pairs)
+    down = torch.stack([F.pad(down, (0, 0, 0, r - len(down))) if len(down) < r else down for down, _ in pairs])
+    up = torch.stack([F.pad(up, (0, r - up.shape[1])) if up.shape[1] < r else up for _, up in pairs])
+    return segment_lora(x, down, up, index.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]), 1.0)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

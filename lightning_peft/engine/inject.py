@@ -93,7 +93,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     Args:
         model: any module with parameters.
         method: what to inject.
-        name: under which name; neither ``.`` nor ``:`` may occur in it.
+        name: under which name; neither ``.`` nor ``:`` may occur in it, and attributes of ``nn.ModuleDict`` are taken.
 
     Raises:
         TargetError: the method finds nothing to adapt, or something that it cannot adapt.
@@ -101,7 +101,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     """
     existing = _check(model, method, name)
     targets = [t for t in method.targets(model) if not _is_occupied(t, name)]
-    parameters = dict(model.named_parameters())  # a tied parameter once
+    parameters = slots.base_parameters(model)  # a tied parameter once
     own = {id(parameters[n]) for n in existing.in_place} if existing else set()
     in_place = [n for n in method.trained_in_place(model) if id(model.get_parameter(n)) not in own]
     if not (targets or in_place or existing):
@@ -158,7 +158,7 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
         )
     for _, module in slots.slots(model):
         slots.set_active(module, wanted)
-    parameters = dict(model.named_parameters())
+    parameters = slots.base_parameters(model)
     for injection in sorted(changing, key=lambda i: not i.active):  # first those that leave: they give the base back
         injection.active = not injection.active
         for n, other in injection.in_place.items():
@@ -200,8 +200,8 @@ def disabled(model: ModelT) -> Iterator[ModelT]:
 
 def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
     """Give every module its own class back; return name -> the adapters that were on it."""
-    adapted = [(n, m) for n, m in model.named_modules() if slots.is_slot(m)]
-    for module in model.modules():
+    adapted = [(n, m) for n, m in slots.base_modules(model) if slots.is_slot(m)]
+    for _, module in slots.base_modules(model):
         if isinstance(module.__dict__.get("save_pretrained"), _Refused):
             del module.__dict__["save_pretrained"]
     return {n: held for n, m in adapted if (held := slots.vacate(m)) is not None}
@@ -211,9 +211,12 @@ def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[st
     """The inverse of `detach`; the adapters of the names in ``active`` act."""
     for path, adapters in held.items():
         module = model.get_submodule(path)
+        alike: dict[tuple[slots.Site, bool], Adapter] = {}  # the same modules read or call for all of a kind
         for key, adapter in adapters.items():
-            slots.occupy(module, key.partition(":")[0], adapter)  # type: ignore[arg-type]
-            _connect(model, path, module, adapter, _readers(model, path, adapter))  # type: ignore[arg-type]
+            slots.hang(module, key.partition(":")[0], adapter)  # type: ignore[arg-type]
+            alike[adapter.site, _is_to_be_called(adapter)] = adapter  # type: ignore[arg-type, assignment, index]
+        for adapter in alike.values():
+            _connect(model, path, module, adapter, _readers(model, path, adapter))
         slots.set_active(module, active)
         refuse_to_save(model, path)
 
@@ -269,6 +272,8 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
         raise AdapterError(f"inject: expected a method such as LoRA(r=8), got {method!r}.")
     if not name or "." in name or ":" in name:
         raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
+    if hasattr(slots.Adapters(), name):
+        raise AdapterError(f"inject: {name!r} is an attribute of nn.ModuleDict, so no adapter can have that name.")
     if next(model.parameters(), None) is None:
         raise TargetError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
     if not has_record(model):
@@ -284,7 +289,8 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     if existing is not None and existing.method != method:
         raise AdapterError(
             f"the adapter name {name!r} is taken by {existing.method}; asked for now: {method}. "
-            "Inject under another name=, or unload(model) first."
+            f"unload(model, {name!r}) first. Or take another name, and unload this one when the new one is there: so "
+            "it stays if that fails."
         )
     return existing
 
@@ -318,7 +324,7 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
 def owners_of(model: nn.Module) -> dict[int, list[str]]:
     """id of each parameter -> its names; more than one if it is tied (a module that is used twice ties nothing)."""
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in slots.base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import AdapterError
 from lightning_peft.engine.inject import ModelT, Record, check_known, record_of
-from lightning_peft.engine.slots import Adapter, Layer, adapters_of
+from lightning_peft.engine.slots import Adapter, Layer, Samples
 
 BASE = "none"  # in the place of an adapter name
+
+Spread = dict[tuple[tuple[int, ...], bool, int, torch.device], Samples]
 
 
 @contextmanager
@@ -39,14 +41,16 @@ def routed(model: ModelT, adapter_names: Sequence[str]) -> Iterator[ModelT]:
             adapters are merged. Inside: a layer is given a batch that fits not the number of names.
     """
     record = record_of(model)
-    names = _checked(model, record, adapter_names)
-    before = [(module, module._active, module._called) for _, module in slots.slots(model)]
+    names = _checked(record, adapter_names)
+    read = {id(owner) for _, m in slots.base_modules(model) if slots.is_slot(m) for owner in m._reads}  # type: ignore[union-attr]
+    spread: Spread = {}
+    routes = [(module, _route(path, module, names, id(module) in read, spread)) for path, module in slots.slots(model)]
+    before: list[tuple[Any, Any, Any]] = [(module, module._active, module._called) for module, _ in routes]
     outer, record.routed = record.routed, True
     try:
-        for path, module in slots.slots(model):
-            stacks = [tuple(_named(module, name)) for name in names]
+        for module, route in routes:
             module._active = ()  # type: ignore[assignment]  # nothing may act through a weight that is read
-            module._called = (_Route(path, stacks),) if any(stacks) else ()  # type: ignore[assignment]
+            module._called = () if route is None else (route,)  # type: ignore[assignment]
         yield model
     finally:
         record.routed = outer
@@ -54,11 +58,7 @@ def routed(model: ModelT, adapter_names: Sequence[str]) -> Iterator[ModelT]:
             module._active, module._called = active, called
 
 
-def _named(module: Any, name: str) -> list[Adapter]:
-    return [adapter for key, adapter in module.adapters.items() if key.partition(":")[0] == name]
-
-
-def _checked(model: nn.Module, record: Record, adapter_names: Sequence[str]) -> tuple[str, ...]:
+def _checked(record: Record, adapter_names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(adapter_names, str) or not adapter_names:
         raise AdapterError(
             f"routed: expected an adapter name for each sample of the batch, such as ['a', 'b'], got {adapter_names!r}."
@@ -78,59 +78,63 @@ def _checked(model: nn.Module, record: Record, adapter_names: Sequence[str]) -> 
                 f"adapter {name!r} trains parameters in place ({next(iter(injection.in_place))!r}), which all samples "
                 f"of a batch share: it {what}. {fix}, or run batches of its own for it."
             )
-    read = {id(owner) for m in model.modules() if slots.is_slot(m) for owner in m._reads}  # type: ignore[union-attr]
-    for name in wanted:
-        for path, module, adapter in adapters_of(model, name):
+    return names
+
+
+def _route(path: str, module: nn.Module, names: Sequence[str], is_read: bool, spread: Spread) -> "_Route | None":
+    """What takes the place of the adapters of this slot; None where the names have none in it."""
+    stacks = {name: tuple(slots.named(module, name)) for name in dict.fromkeys(names)}
+    for name, stack in stacks.items():
+        for adapter in stack:
             if adapter.site.kind == "module":
-                because = f"sits around {path!r} as a whole and not on one layer"
-            elif id(module) in read:
-                because = f"sits on {path!r}, whose weight is read without a call of the layer"
+                because = f"sits around {slots.plain_name(path)!r} as a whole and not on one layer"
+            elif is_read:
+                because = f"sits on {slots.plain_name(path)!r}, whose weight is read without a call of the layer"
             else:
                 continue
             raise AdapterError(
                 f"adapter {name!r} cannot be routed: {type(adapter).__name__} {because}, so that it cannot act on some "
                 "samples of a batch. Run batches of its own for it."
             )
-    return names
+    return _Route(path, [stacks[name] for name in names], spread) if any(stacks.values()) else None
 
 
 class _Route:
-    """In the place of the adapters of one slot: ``stacks[i]`` are those of sample i."""
+    """In the place of the adapters of one slot: ``stacks[i]`` are those of sample i; all slots share ``spread``."""
 
-    def __init__(self, path: str, stacks: list[tuple[Adapter, ...]]) -> None:
+    def __init__(self, path: str, stacks: list[tuple[Adapter, ...]], spread: Spread) -> None:
         self.path = path
-        self.stacks = list(dict.fromkeys(stacks))
-        self.of = [self.stacks.index(stack) for stack in stacks]
+        self.stacks = sorted(dict.fromkeys(stacks), key=lambda stack: not stack)  # samples without an adapter last
+        number = {stack: i for i, stack in enumerate(self.stacks)}
+        self.of = tuple(number[stack] for stack in stacks)
         self.adapters = [adapter for stack in self.stacks for adapter in stack]
         self.site = self.adapters[0].site
-        self.one_kind = max(map(len, self.stacks)) == 1 and len({type(a) for a in self.adapters}) == 1
-        self._made: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor, list[int]]] = {}
+        ways = {type(adapter).together.__func__ for adapter in self.adapters}  # type: ignore[attr-defined]
+        self.together = type(self.adapters[0]).together if max(map(len, self.stacks)) == len(ways) == 1 else None
+        self.spread = spread
 
     def __call__(self, x: Tensor, layer: Layer) -> Any:
         self._check(x, layer)
         if len(self.stacks) == 1:
             return layer.under(self.stacks[0])(x)
-        index, order, back, lengths = self._plan(len(x) // len(self.of), x.device)
-        if self.one_kind:
-            y = type(self.adapters[0]).together(self.adapters, x, layer, index)
-            if y is not None:
-                return y
-        parts = x.index_select(0, order).split(lengths)
-        answers = [layer.under(stack)(part) for stack, part in zip(self.stacks, parts, strict=True)]
-        return torch.cat(answers).index_select(0, back)
+        samples = self._samples(len(x) // len(self.of), x.device)
+        y = None if self.together is None else self.together(self.adapters, x, layer, samples)
+        if y is not None:
+            return y
+        return samples.joined(
+            [layer.under(stack)(part) for stack, part in zip(self.stacks, samples.parts(x), strict=True)]
+        )
 
-    def _plan(self, repeats: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """The adapter of each sample, -1 for none; samples in the order of the stacks, and back; length of each."""
-        key = repeats, device
-        if key not in self._made:
-            ranks = iter(range(len(self.stacks)))
-            number = [next(ranks) if stack else -1 for stack in self.stacks]
+    def _samples(self, repeats: int, device: torch.device) -> Samples:
+        key = self.of, bool(self.stacks[-1]), repeats, device
+        if key not in self.spread:
             with torch.inference_mode(False):  # else a later pass that trains could not save them
                 of = torch.tensor(self.of).repeat_interleave(repeats)
+                index = of if self.stacks[-1] else of.where(of < len(self.stacks) - 1, -1)
                 order = of.argsort(stable=True)
-                tensors = [t.to(device) for t in (torch.tensor(number)[of], order, order.argsort())]
-            self._made[key] = (*tensors, torch.bincount(of, minlength=len(self.stacks)).tolist())  # type: ignore[assignment]
-        return self._made[key]
+                lengths = of.bincount(minlength=len(self.stacks)).tolist()
+                self.spread[key] = Samples(index.to(device), order.to(device), order.argsort().to(device), lengths)
+        return self.spread[key]
 
     def _check(self, x: Tensor, layer: Layer) -> None:
         axes = {"linear": 2, "embedding": 1, "norm": 2}.get(self.site.kind) or self.site.get(layer.module)[0].dim()

@@ -35,11 +35,11 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for prefix, adapter in _prefixed(model, name):
         state |= {prefix + key: value for key, value in adapter.state_dict(keep_vars=True).items()}
-    parameters, injection = dict(model.named_parameters()), record.injections[name]
+    parameters, injection = slots.base_parameters(model), record.injections[name]
     for key, other in injection.in_place.items():
         state[slots.plain_name(key)] = parameters[key] if injection.active or other is None else other
     state |= {f"{METHOD_STATE}.{key}": value for key, value in injection.state.items()}
-    for key, buffer in model.named_buffers():
+    for key, buffer in slots.base_buffers(model).items():
         if key in record.buffers and not torch.equal(buffer, record.buffers[key].to(buffer.device)):
             state[slots.plain_name(key)] = buffer
     return state
@@ -63,7 +63,7 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
         AdapterFileError: keys are missing or unexpected, a shape is wrong, integers are where numbers have a point,
             or a value is NaN or infinite; nothing has been changed then.
     """
-    state, buffers = adapter_state(model, name), dict(model.named_buffers())
+    state, buffers = adapter_state(model, name), slots.base_buffers(model)
     before = {slots.plain_name(key): value for key, value in record_of(model).buffers.items() if key in buffers}
     optional = {slots.plain_name(key): buffer for key, buffer in buffers.items() if slots.plain_name(key) in before}
     problems = {

@@ -1,14 +1,15 @@
 """Targets: which weights of a model a method wants, asked for by name, pattern, type or keyword."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lightning_peft.engine.errors import TargetError, nearest
-from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters, in_codes, plain_name
+from lightning_peft.engine.slots import Kind, Site, base_class, in_codes, plain_name
+from lightning_peft.engine.slots import base_modules as base_modules
 
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all-layers"
@@ -336,13 +337,3 @@ def _endings(model: nn.Module, supported: list[Target]) -> str:
 
 def _describe(model: nn.Module) -> str:
     return base_class(model).__name__
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` without what was injected."""
-    injected: set[str] = set()
-    for name, module in model.named_modules():
-        if holds_adapters(module):
-            injected.add(f"{name}.adapters".lstrip("."))
-        if not any(name == root or name.startswith(root + ".") for root in injected):
-            yield name, module

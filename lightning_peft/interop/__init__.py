@@ -1,5 +1,6 @@
 """Adapter files, ours and those of other libraries."""
 
+from .combine import combine as combine
 from .files import load_adapter as load_adapter
 from .files import read_adapter as read_adapter
 from .files import save_adapter as save_adapter

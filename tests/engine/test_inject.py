@@ -82,6 +82,8 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], list[str]]] = [
     (tiny, LoRA(r=2, modules_to_save="haed"), {}, ["'haed' matched none of", "Did you mean 'head'?"]),
     (tiny, LoRA(r=2), {"name": ""}, ["not empty", "got ''"]),
     (tiny, LoRA(r=2), {"name": "a.b"}, ["has no '.' or ':'", "got 'a.b'"]),
+    (tiny, LoRA(r=2), {"name": "half"}, ["'half' is an attribute of nn.ModuleDict"]),
+    (tiny, LoRA(r=2), {"name": "training"}, ["'training' is an attribute of nn.ModuleDict"]),
     (tiny, LoRA(r=2), {"name": "a:b"}, ["got 'a:b'"]),
     (tiny, "lora", {}, ["expected a method", "got 'lora'"]),
     (nn.ReLU, LoRA(r=2), {}, ["ReLU has no parameters"]),

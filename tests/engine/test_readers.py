@@ -104,6 +104,11 @@ class AsksForItsType(Base):
         return self.proj(x.to(self.proj.weight.dtype))
 
 
+class AsksWhatItIs(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) if isinstance(self.proj.weight, Tensor) else x
+
+
 READING = [
     Reads,
     ReadsThroughAVariable,
@@ -132,7 +137,7 @@ def test_a_forward_patched_onto_an_instance_may_read_too() -> None:
     assert_same(model, reference, torch.randn(3, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("cls", [Calls, AsksForItsType, ReplacesItsParent])
+@pytest.mark.parametrize("cls", [Calls, AsksForItsType, AsksWhatItIs, ReplacesItsParent])
 def test_a_layer_that_is_called_has_no_readers(cls: type[nn.Module]) -> None:
     assert readers(nn.Sequential(cls()), "0.proj", "weight") == []
 

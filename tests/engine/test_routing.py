@@ -25,9 +25,9 @@ from lightning_peft import (
     unload,
     unmerge,
 )
-from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.low_rank import LowRank, _by_segments
 from lightning_peft.engine import Method, adapters_of
-from tests.methods.backbones import moved
+from tests.methods.backbones import backbone, moved
 
 NONE: tuple[str, ...] = ()
 
@@ -173,54 +173,92 @@ def test_forty_adapters() -> None:
         torch.testing.assert_close(model(x), expected, **close)
 
 
-def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batch sizes that ``F.linear`` sees from here on."""
+def counted_runs(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch sizes with which ``layer`` itself runs from here on."""
     seen, linear = [], F.linear
 
-    def counting(x: Tensor, *others: Any) -> Tensor:
-        seen.append(len(x))
-        return linear(x, *others)
+    def counting(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        if weight is layer.weight:
+            seen.append(len(x))
+        return linear(x, weight, *others)
 
     monkeypatch.setattr(F, "linear", counting)
     return seen
 
 
-def test_low_rank_adapters_share_one_run_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(nn.Sequential(nn.Linear(4, 4)), a=LoRA(r=1, dropout=0.5), b=LoRA(r=2), c=LoRA(r=2))
+def test_products_share_one_run_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever rank and start, and with a dropout of their own."""
+    model = adapted(nn.Sequential(nn.Linear(4, 4)), a=LoRA(r=1, dropout=0.5), b=PiSSA(r=2), c=LoRA(r=2), d=IA3(
+        target_modules="0", feedforward_modules=()))  # fmt: skip
     x = torch.randn(4, 4, dtype=torch.float64)
     expected = one_by_one(model, ["b", "a", "none", "c"], x)
+    seen = counted_runs(model[0], monkeypatch)
     with routed(model, ["b", "a", "none", "c"]):
-        seen = counted_calls(monkeypatch)
         torch.testing.assert_close(model(x), expected, **close)
         assert seen == [4]
-        model.train()  # a dropout is each adapter's own, so that each has to run by itself
-        model(x)
-        assert 4 not in seen[1:]
-
-
-def test_products_of_another_kind_run_by_themselves() -> None:
-    class Doubled(LowRank):
-        def product(self, x: Tensor, layer: Any) -> Tensor:
-            return 2 * super().product(x, layer)
-
-    model = adapted(nn.Sequential(nn.Linear(4, 4)), a=LoRA(r=1), b=LoRA(r=2))
-    for _, _, adapter in adapters_of(model):
-        adapter.__class__ = Doubled
-    x = torch.randn(2, 4, dtype=torch.float64)
-    expected = one_by_one(model, ["b", "a"], x)
-    with routed(model, ["b", "a"]):
+        model.train()
+        answers = torch.stack([model(x) for _ in range(400)])
+        assert seen == [4] * 401
+    torch.testing.assert_close(answers[:, [0, 2, 3]], expected[[0, 2, 3]].expand(400, 3, 4), **close)
+    assert answers[:, 1].std(0).gt(0).all()
+    noise = answers[:, 1].std(0) / 400**0.5
+    assert ((answers[:, 1].mean(0) - expected[1]).abs() < 5 * noise).all()  # one of millions would be further off
+    model.eval()
+    expected = one_by_one(model, ["b", "d", "none", "c"], x)
+    del seen[:]
+    with routed(model, ["b", "d", "none", "c"]):  # a rescaling is no product
         torch.testing.assert_close(model(x), expected, **close)
+    assert sorted(seen) == [1] * 4
 
 
-def test_factors_of_two_precisions() -> None:
+class Doubled(LowRank):
+    def product(self, x: Tensor, layer: Any) -> Tensor:
+        return 2 * super().product(x, layer)
+
+
+def in_single_precision(adapter: Any) -> None:
+    adapter.lora_A.data, adapter.lora_B.data = adapter.lora_A.float().data, adapter.lora_B.float().data
+    adapter.scaling = adapter.scaling.float()
+
+
+def doubled(adapter: Any) -> None:
+    adapter.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [in_single_precision, doubled])
+def test_products_that_cannot_be_stacked(change: Callable[[Any], None]) -> None:
     model = adapted(nn.Sequential(nn.Linear(4, 4)), a=LoRA(r=1), b=LoRA(r=2))
     for _, _, adapter in adapters_of(model, "b"):
-        adapter.lora_A.data, adapter.lora_B.data = adapter.lora_A.float().data, adapter.lora_B.float().data
-        adapter.scaling = adapter.scaling.float()
+        change(adapter)
     x = torch.randn(2, 4, dtype=torch.float64)
     expected = one_by_one(model, ["b", "a"], x)
     with routed(model, ["b", "a"]):
         torch.testing.assert_close(model(x), expected, **close)  # each keeps its own
+    assert _by_segments([adapter for _, _, adapter in adapters_of(model)], x, torch.tensor([1, 0])) is None
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (1, 3)])
+def test_products_in_segments_are_the_same(ranks: tuple[int, int]) -> None:
+    """What an accelerator runs; here its twin."""
+    model = adapted(nn.Sequential(nn.Linear(4, 5)), a=LoRA(r=ranks[0], dropout=0.5), b=LoRA(r=ranks[1], alpha=3))
+    x = torch.randn(4, 3, 4, dtype=torch.float64)
+    expected = one_by_one(model, ["b", "a", "none", "b"], x) - one_by_one(model, ["none"] * 4, x)
+    adapters = [adapter for _, _, adapter in adapters_of(model)]
+    change = _by_segments(adapters, x, torch.tensor([1, 0, -1, 1]))
+    assert change is not None
+    torch.testing.assert_close(change, expected, **close)
+    assert _by_segments([adapter.train() for adapter in adapters], x, torch.tensor([1, 0, -1, 1])) is None
+
+
+def test_an_adapter_that_diverged_harms_nobody_else() -> None:
+    model = adapted(nn.Sequential(nn.Linear(4, 4)), a=LoRA(r=1), b=LoRA(r=2))
+    x = torch.randn(4, 4, dtype=torch.float64)
+    expected = one_by_one(model, ["a", "none", "a"], x[:3])
+    torch.nn.init.constant_(model[0].adapters["b"].lora_A, torch.nan)
+    with routed(model, ["a", "none", "a", "b"]):
+        answer = model(x)
+    torch.testing.assert_close(answer[:3], expected, **close)
+    assert answer[3].isnan().all()
 
 
 def test_the_answer_has_the_precision_of_the_layer() -> None:
@@ -262,6 +300,45 @@ def test_generate_is_token_for_token_each_sample_alone(llama: Any, options: dict
     assert torch.equal(together, torch.cat(alone))
     with disabled(llama):
         assert not torch.equal(together, llama.generate(ids, attention_mask=mask, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_encoder_and_decoder_generate_each_sample_alone(options: dict[str, Any]) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 20, "d_kv": 4, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=31, decoder_start_token_id=0, eos_token_id=None, **sizes))
+    base.generation_config.eos_token_id = None
+    with torch.no_grad():  # else it repeats one token, whatever it is given
+        for parameter in base.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model: Any = adapted(base, de=LoRA(r=2), fr=LoRA(r=3, alpha=9, target_modules=("q", "wo")), other=PiSSA(r=1))
+    names = ["de", "fr", "none", "other", "de"]
+    ids, mask = torch.randint(2, 31, (5, 6)), torch.ones(5, 6, dtype=torch.long)
+    mask[1, 4:] = mask[3, 2:] = 0
+    options = {"max_new_tokens": 8, "do_sample": False} | options
+    alone = []
+    for i, name in enumerate(names):
+        set_active(model, NONE if name == "none" else name)
+        alone.append(model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **options))
+    with routed(model, names):
+        together = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(together, torch.cat(alone))
+    with disabled(model):
+        assert not torch.equal(together, model.generate(ids, attention_mask=mask, **options))
+
+
+@torch.no_grad()
+def test_images_each_with_an_adapter() -> None:
+    """Patches are a convolution, and attention reads one weight of three parts."""
+    model = adapted(backbone("vit"), a=LoRA(r=2), b=LoRA(r=3, target_modules=("all-linear", "proj")), c=IA3())
+    names = ["b", "none", "a", "c", "b"]
+    images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    expected = one_by_one(model, names, images)
+    with routed(model, names):
+        torch.testing.assert_close(model(images), expected, **close)
+    assert not torch.allclose(expected, one_by_one(model, ["none"] * 5, images))
 
 
 def test_what_was_before_is_back(tokens: Tensor) -> None:
