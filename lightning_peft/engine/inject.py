@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.engine import slots
+from lightning_peft.engine.codes import can_train
 from lightning_peft.engine.errors import AdapterError, TargetError, nearest
 from lightning_peft.engine.method import Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
@@ -300,7 +301,7 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
                 "and let one act at a time."
             )
     for name in names:
-        if not slots.can_train(model.get_parameter(name)):
+        if not can_train(model.get_parameter(name)):
             raise TargetError(
                 f"{who}: {name!r} is kept in few bits, which no gradient can change. Leave it out (exclude_modules, "
                 "modules_to_save), or train an adapter on it."
@@ -329,8 +330,8 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         by = ([target.module] if target.site.read else []) + reading
         because = adapter.unmergeable_because()
-        if by and because is None and slots.in_codes(target.site.get(target.module)[0]):
-            because = slots.in_codes_because(target.module, target.site)
+        if by and because is None and slots.in_codes(target.module, target.site):
+            because = f"{slots.in_codes_because(target.module, target.site)} {slots.CALL_IT}"
         if because is None and adapter.dropout:
             because, by = "its dropout acts on the input: set dropout=0.", [m for m in by if reads_in_training(m)]
         if because and by:
@@ -344,6 +345,11 @@ def _stored(model: nn.Module, method: Method, targets: list[Target]) -> list[tup
     """(target, weight) of those that the method keeps in another form than they have."""
     changed, owners = [], owners_of(model)
     for target in targets:
+        if method.changes_base and slots.in_codes(target.module, target.site):
+            raise TargetError(
+                f"{type(method).__name__}: the weight of {target.name!r} is in codes of another library already. "
+                "Use LoRA."
+            )
         weight = target.module._parameters.get(target.site.weight)
         kept = weight if weight is None else method.stored(weight, target)
         if weight is None or kept is None or kept is weight:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import slots
+from lightning_peft.engine.codes import is_foreign, parts
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
@@ -143,7 +144,12 @@ def remember_values(model: nn.Module) -> None:
 
 
 def _sample(value: Tensor) -> Tensor:
-    """The first and the last 64 values, in bfloat16 on the CPU; of a sharded tensor without putting it together."""
+    """The first and the last 64 values, in bfloat16 on the CPU; of a sharded tensor without putting it together.
+
+    Of a tensor class of another library, those of each tensor that it is made of.
+    """
+    if is_foreign(value):
+        return torch.cat([_sample(part) for part in parts(value.detach())])
     if not hasattr(value, "full_tensor"):
         flat = value.detach().flatten()
         return torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)

@@ -1,0 +1,86 @@
+"""Weights that another library keeps in codes: known by what they are, and read through the layer that has the key."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ROWS = 512  # that are read at a time
+
+
+def is_code(tensor: Tensor) -> bool:
+    """Whether the numbers in ``tensor`` are not the values that it stands for.
+
+    So it is with integers, with floating point numbers of one byte, whose scale lies elsewhere, and with the tensor
+    classes of other libraries, which know how to be multiplied and little else.
+    """
+    return not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or is_foreign(tensor)
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether the class of ``tensor`` is of another library, and does not answer as an ordinary tensor would."""
+    own = inspect.getattr_static(type(tensor), "__torch_dispatch__") is not _NO_DISPATCH
+    return own and type(tensor).__module__.partition(".")[0] not in ("torch", __package__.partition(".")[0])
+
+
+_NO_DISPATCH = inspect.getattr_static(Tensor, "__torch_dispatch__")
+
+
+def can_train(parameter: Tensor) -> bool:
+    """Whether a gradient may change ``parameter``: not if its values are in codes, nor if it says that it is packed."""
+    return not is_code(parameter) and not getattr(parameter, "is_packed", False)
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a layer that keeps the weight of a linear map in codes, by whatever name; None of any other.
+
+    It is known by its ``in_features``, ``out_features`` and codes: few libraries make it a subclass of ``nn.Linear``.
+    """
+    size = tuple(getattr(module, f"{end}_features", None) for end in ("out", "in"))
+    if not all(isinstance(features, int) for features in size) or not any(map(is_code, own_tensors(module))):
+        return None
+    return size  # type: ignore[return-value]
+
+
+def own_tensors(module: nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers of ``module`` itself."""
+    return (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+def parts(tensor: Any) -> list[Tensor]:
+    """The plain tensors that one of a foreign class is made of; any other as it is."""
+    if not is_foreign(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+
+
+def answers_in(module: Any) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device in which a layer computes whose weight is in codes."""
+    there = list(own_tensors(module))
+    floating = [t.dtype for t in there if t.is_floating_point() and t.dtype.itemsize > 1]
+    dtype = getattr(module, "compute_dtype", None) or (floating[0] if floating else torch.float32)
+    return dtype, there[0].device
+
+
+@torch.compiler.disable
+def decoded(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Weight (d_out, d_in) and bias of a linear layer whose ``forward`` alone can read its codes; no library is asked.
+
+    Of y = W x + b, W is the derivative by x, and b is y at zero. The bias does not touch the rounding of W.
+
+    Raises:
+        RuntimeError: no gradient passes the layer, as in those made for inference alone.
+    """
+    d_out, d_in = linear_size(module)  # type: ignore[misc]  # asked for before
+    dtype, device = answers_in(module)
+    weight = torch.empty(d_out, d_in, dtype=dtype, device=device)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for rows in torch.arange(d_out, device=device).split(_ROWS):
+            x = torch.zeros(len(rows), d_in, dtype=dtype, device=device, requires_grad=True)
+            y = forward(x)
+            one_hot = torch.zeros_like(y).scatter_(1, rows[:, None], 1)
+            (weight[rows],) = torch.autograd.grad(y, x, one_hot)
+        bias = y[0].detach().to(dtype)
+    return weight, bias if bias.any() or getattr(module, "bias", None) is not None else None
