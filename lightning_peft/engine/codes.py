@@ -1,13 +1,14 @@
 """Weights that another library keeps in codes: known by what they are, and read through the layer that has the key."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_ROWS = 512  # that are read at a time
+_ROWS = 512  # unit vectors that go through a layer at a time
 
 
 def is_code(tensor: Tensor) -> bool:
@@ -56,6 +57,12 @@ def parts(tensor: Any) -> list[Tensor]:
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
+def first_and_last(tensor: Tensor) -> Tensor:
+    """The first and the last 64 values, in bfloat16 on the CPU; of a foreign class, those of each of its parts."""
+    flat = [part.detach().flatten() for part in parts(tensor)]
+    return torch.cat([end.to("cpu", torch.bfloat16) for part in flat for end in (part[:64], part[-64:])])
+
+
 def answers_in(module: Any) -> tuple[torch.dtype, torch.device]:
     """Dtype and device in which a layer computes whose weight is in codes."""
     there = list(own_tensors(module))
@@ -68,19 +75,31 @@ def answers_in(module: Any) -> tuple[torch.dtype, torch.device]:
 def decoded(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
     """Weight (d_out, d_in) and bias of a linear layer whose ``forward`` alone can read its codes; no library is asked.
 
-    Of y = W x + b, W is the derivative by x, and b is y at zero. The bias does not touch the rounding of W.
-
-    Raises:
-        RuntimeError: no gradient passes the layer, as in those made for inference alone.
+    They are what it answers to the unit vectors, and to zero.
     """
     d_out, d_in = linear_size(module)  # type: ignore[misc]  # asked for before
     dtype, device = answers_in(module)
     weight = torch.empty(d_out, d_in, dtype=dtype, device=device)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for rows in torch.arange(d_out, device=device).split(_ROWS):
-            x = torch.zeros(len(rows), d_in, dtype=dtype, device=device, requires_grad=True)
-            y = forward(x)
-            one_hot = torch.zeros_like(y).scatter_(1, rows[:, None], 1)
-            (weight[rows],) = torch.autograd.grad(y, x, one_hot)
-        bias = y[0].detach().to(dtype)
+    # bitsandbytes packs its codes anew, and not without loss, for a CPU that evaluates what requires no gradients
+    zero = torch.zeros(2, d_in, dtype=dtype, device=device, requires_grad=True)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        bias = forward(zero)[0].to(dtype)
+        with _without_bias(module):  # which would touch the rounding
+            rest = forward(zero)[0]
+            for columns in torch.arange(d_in, device=device).split(_ROWS):
+                unit = torch.zeros(len(columns), d_in, dtype=dtype, device=device).scatter_(1, columns[:, None], 1)
+                weight[:, columns] = (forward(unit.requires_grad_()) - rest).T.to(dtype)
     return weight, bias if bias.any() or getattr(module, "bias", None) is not None else None
+
+
+@contextlib.contextmanager
+def _without_bias(module: Any) -> Iterator[None]:
+    places = [place for place in (module._parameters, module._buffers, vars(module)) if place.get("bias") is not None]
+    kept = [place["bias"] for place in places]
+    for place in places:
+        place["bias"] = None
+    try:
+        yield
+    finally:
+        for place, bias in zip(places, kept, strict=True):
+            place["bias"] = bias

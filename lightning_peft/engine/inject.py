@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.engine import slots
-from lightning_peft.engine.codes import can_train
+from lightning_peft.engine.codes import can_train, first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, TargetError, nearest
 from lightning_peft.engine.method import Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
@@ -53,7 +53,8 @@ class Record:
         trainable: base parameters that required gradients before the first injection.
         buffers: persistent buffers of the base as they were before.
         merged: what `merge` took out, as long as it can be undone.
-        samples: base parameter -> the values that tell one base from another, where they have to be remembered.
+        samples: base parameter -> the values that tell one base from another, where they have to be remembered: of
+            what is sharded, or in codes of another library.
         routed: whether the samples of a batch have adapters of their own at present.
     """
 
@@ -393,6 +394,14 @@ def _freeze(model: nn.Module, record: Record) -> None:
     for name, buffer in slots.base_buffers(model).items():
         if name not in record.buffers:
             record.buffers[name] = buffer.detach().clone()
+    for path, module in model.named_modules():
+        if linear_size(module) is not None:
+            # bitsandbytes packs codes otherwise for evaluation on a CPU, which lets no gradient pass; until they are
+            # saved. So what tells one base from another is taken then, and remembered
+            module.state_dict()
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if name not in record.samples and not parameter.is_meta:
+                    record.samples[name] = first_and_last(parameter)
 
 
 def check_restorable(injection: Injection) -> None:

@@ -256,13 +256,9 @@ def values(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     if not in_codes(module, site):
         weight, bias = map(whole, site.get(module))
         return weight, bias
-    because = in_codes_because(module, site)
     if site.kind != "linear" or linear_size(module) is None:
-        raise AdapterError(f"{because} {CALL_IT}")
-    try:
-        return decoded(module, functools.partial(_base_forward, module) if is_slot(module) else module.forward)
-    except (RuntimeError, NotImplementedError) as error:
-        raise AdapterError(f"{because} No gradient passes that, which would tell ({error}) {CALL_IT}") from None
+        raise AdapterError(f"{in_codes_because(module, site)} {CALL_IT}")
+    return decoded(module, functools.partial(_base_forward, module) if is_slot(module) else module.forward)
 
 
 def whole(tensor: Any) -> Any:

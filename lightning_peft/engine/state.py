@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import slots
-from lightning_peft.engine.codes import is_foreign, parts
+from lightning_peft.engine.codes import first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
@@ -114,9 +114,11 @@ def fingerprint(
     trained = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
     before = {key: other for i in injections.values() if i.active for key, other in i.in_place.items()}
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
+    sizes = {id(p): linear_size(m) for m in model.modules() if linear_size(m) for p in m.parameters(recurse=False)}
     base = {slots.plain_name(name): (name, p) for name, p in slots.base_parameters(model).items()}
     for plain, (name, parameter) in sorted((plain, named) for plain, named in base.items() if plain.startswith(prefix)):
-        structure.update(f"{plain.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
+        shape = sizes.get(id(parameter)) or tuple(parameter.shape)  # codes may change theirs
+        structure.update(f"{plain.removeprefix(prefix)}{shape}".encode())
         count += parameter.numel()
         real = real and not parameter.is_meta
         if name not in trained and real:
@@ -144,15 +146,9 @@ def remember_values(model: nn.Module) -> None:
 
 
 def _sample(value: Tensor) -> Tensor:
-    """The first and the last 64 values, in bfloat16 on the CPU; of a sharded tensor without putting it together.
-
-    Of a tensor class of another library, those of each tensor that it is made of.
-    """
-    if is_foreign(value):
-        return torch.cat([_sample(part) for part in parts(value.detach())])
+    """`first_and_last`; of a sharded tensor without putting it together."""
     if not hasattr(value, "full_tensor"):
-        flat = value.detach().flatten()
-        return torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
+        return first_and_last(value)
     count, width = value.numel(), math.prod(value.shape[1:])
     start, rows, groups = 0, value.shape[0], []
     for dim, placement in enumerate(value.placements):  # type: ignore[attr-defined]
