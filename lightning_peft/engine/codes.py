@@ -64,11 +64,11 @@ def first_and_last(tensor: Tensor) -> Tensor:
 
 
 def answers_in(module: Any) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device in which a layer computes whose weight is in codes."""
-    there = list(own_tensors(module))
+    """Dtype and device in which a module computes, whatever it is made of: as its own tensors say, or those inside."""
+    there = [*own_tensors(module), *module.parameters(), *module.buffers()]
     floating = [t.dtype for t in there if t.is_floating_point() and t.dtype.itemsize > 1]
-    dtype = getattr(module, "compute_dtype", None) or (floating[0] if floating else torch.float32)
-    return dtype, there[0].device
+    dtype = getattr(module, "compute_dtype", None) or next(iter(floating), torch.float32)
+    return dtype, there[0].device if there else torch.device("cpu")
 
 
 @torch.compiler.disable

@@ -1,6 +1,7 @@
 """Injection: put the adapters of a method into a model, switch them, and take them out again."""
 
 import dataclasses
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -271,7 +272,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
         raise AdapterError(f"inject: expected a method such as LoRA(r=8), got {method!r}.")
     if not name or "." in name or ":" in name:
         raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
-    if next(model.parameters(), None) is None:
+    if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
         raise TargetError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
     if not has_record(model):
         inner = next((n for n, m in model.named_modules() if has_record(m)), None)

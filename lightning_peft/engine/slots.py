@@ -58,13 +58,11 @@ class Site:
         Without a name there is none, and this is a tensor without storage, of the module's dtype and device: (width,)
         for a whole module, (d_out, d_in) for a linear layer in codes.
         """
-        if self.kind == "module":
-            like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
-            return like.detach().new_empty(()).expand(self.width), None
         if not self.weight:
             dtype, device = answers_in(module)
-            like = torch.empty((), dtype=dtype, device=device)
-            return like.expand(linear_size(module)), module._parameters[self.bias] if self.bias else None  # type: ignore[arg-type]
+            size = (self.width,) if self.kind == "module" else linear_size(module)
+            bias = module._parameters[self.bias] if self.bias else None
+            return torch.empty((), dtype=dtype, device=device).expand(size), bias  # type: ignore[arg-type]
         weight: Tensor | None = module._parameters[self.weight]
         if weight is None:  # a normalisation layer without affine parameters scales by one
             weight = torch.ones(_channels(module), device=_device(module))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_peft.engine.codes import is_code, linear_size
+from lightning_peft.engine.codes import answers_in, is_code, linear_size
 from lightning_peft.engine.errors import TargetError, nearest
 from lightning_peft.engine.slots import Kind, Site, base_class, holds_adapters, in_codes, plain_name
 
@@ -47,8 +47,9 @@ class Target:
     def new_parameter(self, *size: int) -> nn.Parameter:
         """A parameter for an adapter, not yet filled: beside the weight, in its precision but float32 at least."""
         weight = self.site.get(self.module)[0]
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        return nn.Parameter(torch.empty(size, dtype=exact, device=weight.device))
+        coded = in_codes(self.module, self.site)
+        dtype, device = answers_in(self.module) if coded else (weight.dtype, weight.device)
+        return nn.Parameter(torch.empty(size, dtype=torch.promote_types(dtype, torch.float32), device=device))
 
 
 def module_target(model: nn.Module, name: str, width: int) -> Target:
