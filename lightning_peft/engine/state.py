@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import slots
+from lightning_peft.engine.codes import first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
@@ -132,9 +133,11 @@ def fingerprint(
         trained = {slots.plain_name(key) for key in found}
     before = base_values(model)
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
+    sizes = {id(p): linear_size(m) for m in model.modules() if linear_size(m) for p in m.parameters(recurse=False)}
     base = {slots.plain_name(name): (name, p) for name, p in slots.base_parameters(model).items()}
     for plain, (name, parameter) in sorted((plain, named) for plain, named in base.items() if plain.startswith(prefix)):
-        structure.update(f"{plain.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
+        shape = sizes.get(id(parameter)) or tuple(parameter.shape)  # codes may change theirs
+        structure.update(f"{plain.removeprefix(prefix)}{shape}".encode())
         count += parameter.numel()
         real = real and not parameter.is_meta
         if plain not in trained and real:
@@ -162,10 +165,9 @@ def remember_values(model: nn.Module) -> None:
 
 
 def _sample(value: Tensor) -> Tensor:
-    """The first and the last 64 values, in bfloat16 on the CPU; of a sharded tensor without putting it together."""
+    """`first_and_last`; of a sharded tensor without putting it together."""
     if not hasattr(value, "full_tensor"):
-        flat = value.detach().flatten()
-        return torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
+        return first_and_last(value)
     count, width = value.numel(), math.prod(value.shape[1:])
     start, rows, groups = 0, value.shape[0], []
     for dim, placement in enumerate(value.placements):  # type: ignore[attr-defined]

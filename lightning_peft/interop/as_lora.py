@@ -144,7 +144,7 @@ def _change(
     because = adapter.unmergeable_because() if adapter else None
     if because is None and site.kind not in LoRA.adapter_types:
         because = f"LoRA does not sit on {site.kind} layers."
-    if because is None and in_codes(site.get(module)[0]):
+    if because is None and in_codes(module, site):
         because = in_codes_because(module, site)
     if because is not None:
         raise AdapterFileError(

@@ -204,7 +204,7 @@ def _in_block(model: nn.Module, block: str, everything: list[Target]) -> list[Su
     module = model.get_submodule(block)
     inside = [t for t in everything if not block or t.owner == block or t.owner.startswith(block + ".")]
     # an nn.MultiheadAttention counts once, as its output projection
-    layers = [t for t in inside if _mixes_channels(t) and t.site.weight == "weight"]
+    layers = [t for t in inside if _mixes_channels(t) and t.site.weight in ("weight", "")]
     # of a block with two streams, that of the samples counts
     layers = [t for t in layers if not re.search(r"(\b|_)(context|add)(\b|_)", _inner(t.owner, block))] or layers
     norms = _norms(module)
