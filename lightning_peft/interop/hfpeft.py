@@ -105,11 +105,11 @@ class HFPEFT(Method):
         return HFPEFTAdapter(target)  # type: ignore[arg-type]  # it is one of those
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
-        """Biases, where the config says so."""
+        """Nothing, but for biases where the config says so."""
         return [] if self.config.get("bias", "none") == "none" else _bridged(model, self.config).in_place
 
     def num_trainable(self, target: Target) -> int:
-        """As many as the layer has."""
+        """What the layer of the tuner trains."""
         return self.total_trainable([target])
 
     def total_trainable(self, targets: list[Target]) -> int:
