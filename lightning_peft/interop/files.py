@@ -9,9 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import secrets
-import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +21,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
-from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
-from lightning_peft.engine.slots import base_class, base_parameters, is_sharded, plain_name, whole
+from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
-from lightning_peft.engine.targets import as_patterns, base_modules
 from lightning_peft.interop import diffusers_lora, hf_peft
 from lightning_peft.interop.as_lora import as_lora as plain_lora
 from lightning_peft.interop.patterns import check_pattern, strings
+from lightning_peft.interop.untrusted import (
+    check_names,
+    check_patterns,
+    check_places,
+    check_size,
+    is_pickle,
+    told_by,
+    without_code,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Format = Literal["peft", "diffusers", "lightning_peft"]
@@ -211,21 +216,21 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     facts, config, tensors = read_adapter(folder)
     target = adapted_root(model)
     places: dict[str, str] = {}
-    with _told_by(folder):
-        _check_patterns(config.get("settings", config), str(folder))
+    with told_by(folder):
+        check_patterns(config.get("settings", config), str(folder))
         if "settings" not in config and (facts is None or facts.get("layout") == "peft"):
-            _check_places(tensors, str(folder))
+            check_places(tensors, str(folder))
         if "settings" in config:
             method, tensors, places = diffusers_lora.method_from_diffusers(config["settings"], tensors, target)
         elif facts:
             method = method_from(facts)
         else:
             method, tensors = hf_peft.method_from_peft(config, tensors, model)
-            _check_names(method, target, str(folder))
+            check_names(method, target, str(folder))
         was_there = has_record(target) and name in record_of(target).injections
         if was_there and places and facts and record_of(target).injections[name].method == method_from(facts):
             method = method_from(facts)  # the same, its targets not named in full
-        _check_size(method, target, tensors, str(folder))
+        check_size(method, target, tensors, str(folder))
         replaces = method.changes_base and not was_there
         kept = [
             (m, n, p, p.requires_grad)
@@ -235,7 +240,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         ]
         inject(target, method, name)
     try:
-        with _told_by(folder):
+        with told_by(folder):
             inner, prefix = (target, "") if places else _unwrapped(target, adapter_state(target, name))
             is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
             ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
@@ -258,68 +263,6 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     return model
 
 
-@contextlib.contextmanager
-def _told_by(source: str | Path) -> Iterator[None]:
-    """Make an error of the file ``source`` of whatever its description makes fail: it may say anything at all."""
-    try:
-        yield
-    except (AdapterError, Warning):
-        raise
-    except Exception as error:
-        raise AdapterFileError(
-            f"{source} does not describe an adapter of this model ({type(error).__name__}: {error}). It is torn, or "
-            "was tampered with: take it from where it was saved again."
-        ) from error
-
-
-def _check_patterns(settings: dict[str, Any] | None, source: str) -> None:
-    """Raise an `AdapterFileError` if a pattern of HF PEFT, as it is matched, may take very long."""
-    for key, patterns in (settings or {}).items():
-        if key.endswith("_pattern"):
-            for pattern in patterns or {}:
-                check_pattern(rf"(.*\.)?({pattern})$", source)
-
-
-def _check_places(tensors: dict[str, Tensor], source: str) -> None:
-    """Raise an `AdapterFileError` if two tensors of a file of HF PEFT have one place."""
-    there: dict[str, str] = {}
-    for key in tensors:
-        place = key.removeprefix(hf_peft.PREFIX)
-        place = place.removesuffix(".weight") if place.endswith("_vector.weight") else place
-        if there.setdefault(place, key) != key:
-            raise AdapterFileError(f"{source}: {key!r} and {there[place]!r} are for the same parameter. It is torn.")
-
-
-def _check_names(method: Method, model: nn.Module, source: str) -> None:
-    """Raise an `AdapterFileError` if a name of ``method``, which a file gave, is none in ``model``."""
-    names = {plain_name(name) for name in (*dict(base_modules(model)), *base_parameters(model))}
-    ends = {name[match.end() :] for name in names for match in re.finditer(r"^|\.", name)}
-    exact = {f"^{re.escape(name)}" for name in names}
-    for field in ("target_modules", "modules_to_save"):
-        for name in as_patterns(getattr(method, field, None)):
-            if name not in ends and name not in exact:
-                raise AdapterFileError(
-                    f"{source} adapts {name!r}, which {base_class(model).__name__} does not have."
-                    f"{nearest(name, names)} Load it into the model that it was made with."
-                )
-
-
-def _check_size(method: Method, model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Raise an `AdapterFileError` if ``method`` wants far more numbers than the file has, before they are made.
-
-    Of a file that lacks a part, it is said later which.
-    """
-    host = getattr(method, "host", method)
-    if any(cls.rank_axes for cls in host.adapter_types.values()):
-        return  # the tensors decide
-    wanted, given = method.total_trainable(method.targets(model)), sum(tensor.numel() for tensor in tensors.values())
-    if wanted > 10 * given + 10**6:
-        raise AdapterFileError(
-            f"{source} describes {method}, which has {wanted:,} numbers here, and holds {given:,}. It is torn, or made "
-            "for another model."
-        )
-
-
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Tensor]]:
     """(our facts or None, config, tensors) of an adapter folder, or of a ``.safetensors`` file that says what it is.
 
@@ -338,17 +281,17 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
         hint = ""
         if pickled:
             hint = f" {pickled[0].name} is a pickle, which can run code when it is read: convert it first, by"
-            hint += _without_code(pickled[0], path / TENSORS)
+            hint += without_code(pickled[0], path / TENSORS)
         raise AdapterFileError(f"there is no {TENSORS} in {path}.{hint}")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        if _is_pickle(file):
+        if is_pickle(file):
             raise AdapterFileError(
                 f"{file} is a pickle under a false name, which is never read. Take it from where it was saved again, "
-                f"or convert it, by{_without_code(file, file.with_suffix('.safetensors'))}"
+                f"or convert it, by{without_code(file, file.with_suffix('.safetensors'))}"
             ) from None
         raise AdapterFileError(f"{file} is torn or foreign ({error}). Take it from where it was saved again.") from None
     facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
@@ -366,22 +309,6 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
     if facts:
         check_format(facts, str(file))
     return facts, config, tensors
-
-
-def _is_pickle(file: Path) -> bool:
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        return stream.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    return False
-
-
-def _without_code(pickled: Path, file: Path) -> str:
-    """The command that writes the tensors in ``pickled`` to ``file``, and runs no code that may be in it."""
-    program = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "tensors = torch.load(open(sys.argv[1], 'rb'), map_location='cpu', weights_only=True); "
-        "save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, sys.argv[2])"
-    )
-    return f' python -c "{program}" {shlex.quote(str(pickled))} {shlex.quote(str(file))}'
 
 
 def _text(file: Path) -> str:
