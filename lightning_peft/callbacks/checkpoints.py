@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from lightning_peft.callbacks.optimizer_state import names_in
 from lightning_peft.engine import Adapter, AdapterFileError, MergeError, adapters_of, inject
+from lightning_peft.engine.codes import linear_size
 from lightning_peft.engine.inject import has_record, owners_of, record_of
 from lightning_peft.engine.merge import check_finite, check_mergeable, merged_parameters
-from lightning_peft.engine.slots import base_parameters, plain_name, slots
+from lightning_peft.engine.slots import base_class, base_parameters, plain_name, slots
 from lightning_peft.engine.state import check_base, fingerprint, ranks_in, refuse
 from lightning_peft.interop.files import FORMAT, adapted_root, check_format, describe, method_from
 from lightning_peft.parts.nf4 import NF4Tensor
@@ -106,7 +107,7 @@ def on_load(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         return
     if facts.get("holds", "adapter") == "adapter":
         buffers = {prefix_of(module, root) + name: value for name, value in record_of(root).buffers.items()}
-        base = {**base_tensors(module), **buffers}  # buffers may have moved since
+        base = {**_readable(module, base_tensors(module)), **buffers}  # buffers may have moved since
         for holder, key in states:
             holder[key] = {**base, **holder[key]}
     for name, state in facts.get("method_state", {}).items():
@@ -175,12 +176,32 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     root = adapted_root(module)
     state = module.state_dict(keep_vars=True)  # first: a model that shards itself puts its shards in place here
     prefix, record, frozen = prefix_of(module, root), record_of(root), frozen_base(module)
+    coded = {name for name, m in module.named_modules() if linear_size(m) is not None}
     base: dict[str, Tensor] = {}
     for key, value in state.items():
         before = record.buffers.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        if id(value) in frozen or (before is not None and torch.equal(value, before.to(value.device))):
+        same = before is not None and torch.equal(value, before.to(value.device))
+        if id(value) in frozen or same or _is_code(key, coded):
             base[key] = value.detach()
     return base
+
+
+def _readable(module: nn.Module, base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``base`` without what a layer in codes writes beside its tensors and does not read, as those of bitsandbytes."""
+    reads = nn.Module._load_from_state_dict
+    coded = {name: m for name, m in module.named_modules() if linear_size(m) is not None}
+    silent = {name for name, m in coded.items() if base_class(m)._load_from_state_dict is reads}
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {key: value for key, value in base.items() if key in tensors or not _is_code(key, silent)}
+
+
+def _is_code(key: str, coded: set[str]) -> bool:
+    """Whether ``key`` is of what a layer in codes of another library keeps, by whatever name: scales, say."""
+    path, _, name = key.rpartition(".")
+    while path and path not in coded:
+        path, _, inner = path.rpartition(".")
+        name = f"{inner}.{name}"
+    return path in coded and not name.startswith("adapters.")
 
 
 def frozen_base(module: nn.Module) -> set[int]:

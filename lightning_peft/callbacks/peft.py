@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks import checkpoints, checks
-from lightning_peft.callbacks.activation_checkpointing import inputs_require_grad
 from lightning_peft.callbacks.averaging import average_what_trains, frozen_norms
 from lightning_peft.callbacks.calibrating import calibrate_on_training_data
 from lightning_peft.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -46,6 +45,7 @@ from lightning_peft.engine import (
     inject,
     notify,
 )
+from lightning_peft.engine.activation_checkpointing import inputs_require_grad
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.slots import is_sharded
 from lightning_peft.engine.training import Event

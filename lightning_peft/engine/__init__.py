@@ -1,5 +1,6 @@
 """The engine: puts adapters into any ``nn.Module`` and takes them out again. Knows torch.nn and nothing else."""
 
+from .activation_checkpointing import inputs_require_grad as inputs_require_grad
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
 from .errors import AdapterError as AdapterError

@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -205,8 +205,9 @@ def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
     """Give every module its own class back; return name -> the adapters that were on it."""
     adapted = [(n, m) for n, m in slots.base_modules(model) if slots.is_slot(m)]
     for _, module in slots.base_modules(model):
-        if isinstance(module.__dict__.get("save_pretrained"), _Refused):
+        if isinstance(module.__dict__.get("save_pretrained"), SavePretrained):
             del module.__dict__["save_pretrained"]
+            module.__dict__.pop("_hf_peft_config_loaded", None)
     return {n: held for n, m in adapted if (held := slots.vacate(m)) is not None}
 
 
@@ -230,14 +231,25 @@ _ADAPTERS_INSIDE = (
 )
 
 
-class _Refused:
-    """In the place of ``save_pretrained`` of a model of which it would write what nobody reads."""
+class SavePretrained:
+    """In the place of ``save_pretrained`` of a model of which it would write what nobody reads.
 
-    def __init__(self, because: str) -> None:
-        self.because = because
+    A person is told what to do. A training loop (the Trainer of transformers, accelerate), which says which process
+    writes, gets a checkpoint of what is trained from ``write_checkpoint(model, folder)``, if there is one.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise AdapterError(self.because)
+    write_checkpoint: ClassVar[Callable[[nn.Module, Any], None] | None] = None
+
+    def __init__(self, model: nn.Module, because: str) -> None:
+        self.model, self.because = model, because
+
+    def __call__(self, save_directory: Any = None, **kwargs: Any) -> None:
+        write = type(self).write_checkpoint
+        adapted = has_record(self.model) and record_of(self.model).merged is None
+        if "is_main_process" not in kwargs or write is None or not adapted:
+            raise AdapterError(self.because)
+        if kwargs["is_main_process"]:
+            write(self.model, save_directory)
 
 
 def refuse_to_save(model: nn.Module, path: str, because: str = _ADAPTERS_INSIDE) -> None:
@@ -246,7 +258,9 @@ def refuse_to_save(model: nn.Module, path: str, because: str = _ADAPTERS_INSIDE)
     for depth in range(len(parts) + 1):
         module = model.get_submodule(".".join(parts[:depth]))
         if callable(getattr(type(module), "save_pretrained", None)):
-            module.__dict__["save_pretrained"] = _Refused(because)
+            module.__dict__["save_pretrained"] = SavePretrained(module, because)
+            if getattr(module, "is_quantized", False):  # else the Trainer of transformers holds it for frozen
+                module.__dict__["_hf_peft_config_loaded"] = True
 
 
 def _readers(model: nn.Module, owner: str, adapter: Adapter) -> list[nn.Module]:
@@ -403,8 +417,7 @@ def _freeze(model: nn.Module, record: Record) -> None:
             record.buffers[name] = buffer.detach().clone()
     for path, module in model.named_modules():
         if linear_size(module) is not None:
-            # bitsandbytes packs codes otherwise for evaluation on a CPU, which lets no gradient pass; until they are
-            # saved. So what tells one base from another is taken then, and remembered
+            # in the form in which they are saved (`Slot.train`), which tells one base from another
             module.state_dict()
             for name, parameter in module.named_parameters(path, recurse=False):
                 if name not in record.samples and not parameter.is_meta:

@@ -362,6 +362,12 @@ class Slot:
         last = self._called[-1]
         return last(args[0], Layer(self, last.site, self._called[:-1], args[1:], kwargs, keyword))
 
+    def train(self, mode: bool = True) -> Any:
+        if mode and linear_size(self) is not None:  # type: ignore[arg-type]
+            # bitsandbytes packs 4 bits for evaluation on a CPU so that no gradient passes, and takes it back to save
+            self.state_dict()  # type: ignore[attr-defined]
+        return super().train(mode)  # type: ignore[misc]
+
 
 class SequentialSlot(Slot):
     """The same for ``nn.Sequential``, whose forward runs over its children."""

@@ -244,6 +244,33 @@ def test_codes_that_change_their_form_stay_the_same_base() -> None:
     assert fingerprint(model) == before
 
 
+def test_a_layer_that_takes_another_form_to_be_evaluated_is_saved_before_it_trains() -> None:
+    class Packs(Int8Linear):
+        packed = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.packed = self.packed or not (self.training or x.requires_grad)
+            return super().forward(x.detach() if self.packed else x)
+
+        def _save_to_state_dict(self, *args: Any) -> None:
+            self.packed = False
+            super()._save_to_state_dict(*args)
+
+    layer = Packs(nn.Linear(3, 4)).eval()
+    layer(torch.randn(1, 3))
+    assert layer.packed
+    model = inject(nn.Sequential(layer), DoRA(r=2))
+    target = candidates(model)[0]
+    assert Layer(layer, target.site).weight.shape == (4, 3)
+    assert not layer.packed, "nor does it pack while its weight is read"
+    model(torch.randn(1, 3))
+    assert layer.packed
+    model.train()
+    x = torch.randn(1, 3, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_copies_and_pickles_compute_the_same(base: Any, kind: Any) -> None:
     model, x = moved(inject(base, LoRA(r=2))), torch.randn(4, 7)
     assert torch.equal(copy.deepcopy(model)(x), model(x))

@@ -27,8 +27,13 @@ class _Reentrant:
 
 
 @contextmanager
-def inputs_require_grad(module: Any) -> Iterator[None]:
-    """While it lasts, the output of every reentrant checkpoint has a graph."""
+def inputs_require_grad(module: Any = None) -> Iterator[None]:
+    """While it lasts, the output of every reentrant checkpoint has a graph.
+
+    ``PEFT`` enters it around each training step. A loop of your own needs it only with ``use_reentrant=True``, and not
+    with language models of transformers, which let their embeddings require gradients by themselves then. It holds for
+    all models; ``module`` is not looked at.
+    """
     original = torch.utils.checkpoint.CheckpointFunction
     torch.utils.checkpoint.CheckpointFunction = _Reentrant  # type: ignore[misc, assignment]
     try:

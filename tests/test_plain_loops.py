@@ -1,0 +1,265 @@
+"""Training without Lightning: the Trainer of transformers with its defaults, and loops of plain PyTorch."""
+
+import functools
+import inspect
+import json
+import pydoc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lightning_peft import LISA, AdapterError, LoRA, inject, load_adapter, merge, save_adapter, unload
+from lightning_peft.engine import adapters_of, inputs_require_grad, notify
+from tests.engine.quantised_layers import Int8Linear, quantised
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*lr_scheduler.step")
+
+METHOD = LoRA(r=4, alpha=16.0, modules_to_save="classifier")
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config)
+
+
+@functools.cache
+def lines() -> list[dict[str, Any]]:
+    """Lines of source code, as bytes, with the question whether a line defines or returns."""
+    found = [line.strip() for line in inspect.getsource(pydoc).splitlines() if len(line.strip()) > 8]
+    kept = [line for line in found if line.isascii() and line.startswith(("def ", "return "))][:64]
+    bytes_of = [list(line.encode()[:16].ljust(16)) for line in kept]
+    return [{"input_ids": torch.tensor(b), "labels": int(chr(b[0]) == "d")} for b in bytes_of]
+
+
+def arguments(folder: Path, **others: Any) -> TrainingArguments:
+    settings = {"max_steps": 12, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(output_dir=str(folder), **settings | others)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 0, atol: float = 0) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=rtol, atol=atol, msg=key)
+
+
+def test_a_default_trainer_saves_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    model = inject(base(), METHOD)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer = Trainer(model, arguments(tmp_path / "a", save_steps=6, logging_steps=1), train_dataset=lines())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    for step in (6, 12):
+        keys = load_file(tmp_path / "a" / f"checkpoint-{step}" / "model.safetensors").keys()
+        assert set(keys) == set(trained(model)), "nothing of the frozen base"
+    again = inject(base(), METHOD)
+    with torch.no_grad():
+        for p in again.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    resumed = Trainer(again, arguments(tmp_path / "b", save_strategy="no"), train_dataset=lines())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    assert_same(trained(again), trained(model))
+
+
+def test_a_checkpoint_of_the_trainer_is_an_adapter_folder(tmp_path: Path) -> None:
+    model = inject(base(), METHOD)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=lines())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "last"))
+    assert json.loads((tmp_path / "last" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert not (tmp_path / "last" / "config.json").exists(), "from_pretrained must not take it for a whole model"
+    for folder in ("last", "checkpoint-12"):
+        assert_same(trained(load_adapter(base(), tmp_path / folder)), trained(model))
+
+
+def test_the_trainer_goes_back_to_its_best_step(tmp_path: Path) -> None:
+    model = inject(base(), METHOD)
+    every = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    settings = arguments(tmp_path, learning_rate=1.0, metric_for_best_model="loss", greater_is_better=True, **every)
+    trainer = Trainer(model, settings, train_dataset=lines(), eval_dataset=lines())
+    trainer.train()  # at such a learning rate the steps differ
+    best = Path(trainer.state.best_model_checkpoint or "")
+    assert_same(trained(model), {key: value for key, value in load_file(best / "model.safetensors").items()})
+
+
+def test_other_adapters_lie_below(tmp_path: Path) -> None:
+    model = inject(inject(base(), METHOD), LoRA(r=2, target_modules="query"), name="second")
+    Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=lines()).save_model(str(tmp_path / "x"))
+    assert (tmp_path / "x" / "second" / "adapter_model.safetensors").is_file()
+    assert set(load_file(tmp_path / "x" / "model.safetensors")) == set(trained(model))
+
+
+def test_a_person_is_still_told_what_save_pretrained_would_write(tmp_path: Path) -> None:
+    model = inject(base(), METHOD)
+    with pytest.raises(AdapterError, match=r"merge\(model\) first, or write the adapters with save_adapter"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists(), "another process writes"
+    merge(model).save_pretrained(tmp_path / "x", is_main_process=True)
+    assert (tmp_path / "x" / "config.json").is_file(), "what is merged is an ordinary model"
+
+
+def test_the_trainer_takes_a_quantised_model_with_adapters(tmp_path: Path) -> None:
+    def quantised_base() -> Any:
+        model = base()
+        classifier, model.classifier = model.classifier, nn.Identity()
+        quantised(model, Int8Linear)
+        model.classifier, model.is_quantized = classifier, True
+        model.hf_quantizer = type("Quantizer", (), {"is_trainable": True, "is_qat_trainable": False})()
+        return model
+
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(quantised_base(), arguments(tmp_path), train_dataset=lines())
+    model = inject(quantised_base(), METHOD)
+    trainer = Trainer(model, arguments(tmp_path, logging_steps=1), train_dataset=lines())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] / 2
+    assert set(load_file(tmp_path / "checkpoint-12" / "model.safetensors")) == set(trained(model))
+    unload(model)
+    assert "_hf_peft_config_loaded" not in vars(model)
+
+
+class Notify(TrainerCallback):
+    """Tells a method what happens, as the docs show it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+        notify(model, "on_train_batch_start", optimizer, step=state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+        notify(model, "on_before_optimizer_step", optimizer, step=state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+        notify(model, "on_after_optimizer_step", optimizer, step=state.global_step)
+
+
+def test_a_method_that_acts_in_steps_is_told_of_them_by_a_callback(tmp_path: Path) -> None:
+    model = inject(base(), LISA(n_layers=1, interval_steps=2))
+    seen: list[tuple[bool, ...]] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+            seen.append(tuple(next(layer.parameters()).requires_grad for layer in model.bert.encoder.layer))
+
+    settings = arguments(tmp_path, max_steps=16, save_strategy="no")
+    Trainer(model, settings, train_dataset=lines(), callbacks=[Notify(), Watch()]).train()
+    assert {sum(trains) for trains in seen} == {1}
+    assert len(set(seen)) == 2, "the block that trains changes"
+
+
+def test_a_loop_of_plain_torch(tmp_path: Path) -> None:
+    model = inject(base(), METHOD)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.stack([line["input_ids"] for line in lines()])
+    labels = torch.tensor([line["labels"] for line in lines()])
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    loaded = load_adapter(base(), save_adapter(model, tmp_path)).eval()
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=1, **sizes))
+
+
+def vit() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
+
+
+def gradients(make: Callable[[], Any], batch: dict[str, Tensor], quantise: bool, before: Any, after: Any) -> Any:
+    model = make()
+    if quantise:
+        head = "lm_head" if hasattr(model, "lm_head") else "classifier"
+        kept = getattr(model, head)
+        setattr(model, head, nn.Identity())
+        quantised(model, Int8Linear)
+        setattr(model, head, kept)
+    before(model)
+    inject(model, LoRA(r=2)).train()
+    after(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, _, adapter in adapters_of(model):
+            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape))
+    model(**batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def checkpointed(model: Any, reentrant: bool) -> None:
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("quantise", [False, True], ids=["whole", "codes"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("first", [False, True], ids=["inject first", "checkpoint first"])
+def test_adapters_in_activation_checkpoints_of_a_language_model_have_their_gradients(
+    quantise: bool, reentrant: bool, first: bool
+) -> None:
+    enable = functools.partial(checkpointed, reentrant=reentrant)
+    ids = torch.randint(32, (3, 7))
+    batch = {"input_ids": ids, "labels": ids}
+    plain = gradients(llama, batch, quantise, nothing, nothing)
+    assert len(plain) == 28
+    assert all(g is not None and g.any() for g in plain.values())
+    found = gradients(llama, batch, quantise, *((enable, nothing) if first else (nothing, enable)))
+    assert_same(found, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_in_reentrant_checkpoints_of_any_model_have_theirs_where_inputs_are_let_require_gradients() -> None:
+    batch = {"pixel_values": torch.randn(3, 3, 8, 8), "labels": torch.tensor([0, 1, 1])}
+    plain = gradients(vit, batch, False, nothing, nothing)
+    enable = functools.partial(checkpointed, reentrant=True)
+    with pytest.raises(RuntimeError, match="does not require grad"), pytest.warns(UserWarning, match="None of the"):
+        gradients(vit, batch, False, nothing, enable)
+    with inputs_require_grad():
+        found = gradients(vit, batch, False, nothing, enable)
+    assert_same(found, plain, rtol=1e-5, atol=1e-7)
+    found = gradients(vit, batch, False, nothing, functools.partial(checkpointed, reentrant=False))
+    assert_same(found, plain, rtol=1e-5, atol=1e-7)
