@@ -14,6 +14,7 @@ from benchmarks import (
     import_time,
     injection_time,
     lines_per_method,
+    many_adapters,
     packing,
     sampling_memory,
     spectral_start,
@@ -34,6 +35,7 @@ def main() -> None:
         sampling_memory,
         ddp_step,
         packing,
+        many_adapters,
         lines_per_method,
     )
     rows: list[Row] = [row for benchmark in (*small, *large, lines_per_method) for row in benchmark.run()]
