@@ -38,7 +38,7 @@ def main() -> None:
         many_adapters,
         lines_per_method,
     )
-    rows: list[Row] = [row for benchmark in (*small, *large, lines_per_method) for row in benchmark.run()]
+    rows: list[Row] = [row for benchmark in (*small, *large) for row in benchmark.run()]
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):
         table.add_column(column, justify="left" if column == "What" else "right")
