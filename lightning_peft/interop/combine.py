@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank, dense, truncated
-from lightning_peft.engine import Adapter, AdapterError, adapters_of, check_range, inject, set_active
+from lightning_peft.engine import Adapter, AdapterError, adapter_state, adapters_of, check_range, inject, set_active
 from lightning_peft.engine.inject import Record, check_known, check_not_routed, check_restorable, record_of
+from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import base_modules, plain_name
 from lightning_peft.engine.targets import candidates, is_below
 from lightning_peft.methods import LoRA
@@ -56,6 +57,8 @@ def combine(
     """
     record = record_of(model)
     _check(record, weights, name, r, ties)
+    for term in weights:
+        check_finite(adapter_state(model, term), AdapterError)
     layers: dict[str, Terms] = {}
     for term, weight in weights.items():
         for path, _, adapter in adapters_of(model, term):
@@ -90,8 +93,6 @@ def combine(
 
 def _check(record: Record, weights: Mapping[str, float], name: str, r: int | None, ties: float | None) -> None:
     check_not_routed(record)
-    if record.merged is not None:
-        raise AdapterError("the adapters are merged into the base. unmerge(model) before combining them.")
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(
             f"combine: expected adapter names with weights, such as {{'a': 0.7, 'b': 0.3}}, got {weights!r}."
@@ -114,7 +115,7 @@ def _check(record: Record, weights: Mapping[str, float], name: str, r: int | Non
 
 def _layer(path: str, adapter: Adapter) -> str:
     """The name that selects the weight."""
-    return path if adapter.site.weight == "weight" else f"{path}.{adapter.site.weight}".lstrip(".")
+    return path if adapter.site.weight in ("weight", "") else f"{path}.{adapter.site.weight}".lstrip(".")
 
 
 def _low_rank(adapter: Adapter, path: str, term: str) -> LowRank:

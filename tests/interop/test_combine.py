@@ -396,3 +396,7 @@ def test_a_base_that_is_gone_or_merged_is_refused() -> None:
         combine(merge(adapted(net(), a=LoRA(r=1))), {"a": 1}, "mixed")
     with pytest.raises(AdapterError, match="has no adapters"):
         combine(net(), {"a": 1}, "mixed")
+    model = adapted(net(), a=LoRA(r=1))
+    nn.init.constant_(adapters_of(model, "a")[0][2].lora_B, torch.inf)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="holds NaN or infinite values"):
+        combine(model, {"a": 1}, "mixed")
