@@ -12,6 +12,7 @@ from lightning_peft.engine import set_active as set_active
 from lightning_peft.engine import set_trainable as set_trainable
 from lightning_peft.engine import unload as unload
 from lightning_peft.engine import unmerge as unmerge
+from lightning_peft.interop import HFPEFT as HFPEFT
 from lightning_peft.interop import combine as combine
 from lightning_peft.interop import load_adapter as load_adapter
 from lightning_peft.interop import save_adapter as save_adapter

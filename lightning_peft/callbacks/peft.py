@@ -49,7 +49,7 @@ from lightning_peft.engine import (
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.slots import is_sharded
 from lightning_peft.engine.training import Event
-from lightning_peft.interop import load_adapter, read_adapter, save_adapter
+from lightning_peft.interop import HFPEFT, load_adapter, read_adapter, save_adapter
 from lightning_peft.interop.files import adapted_root, method_from
 from lightning_peft.parts.switching import let_all_train
 
@@ -66,8 +66,8 @@ class PEFT(L.Callback):
     normalisation layers whose weight is frozen keep their running statistics. Dropout of the base is left as it is.
 
     Args:
-        method: a method, several (applied in order), a registry name such as ``"lora"``, or None to take the one that
-            made the adapter in ``init_from``.
+        method: a method, several (applied in order), a registry name such as ``"lora"``, a ``peft.PeftConfig``
+            (`HFPEFT`), or None to take the one that made the adapter in ``init_from``.
         name: under which name; with several methods each gets ``name-method``.
         init_from: adapter folder to start from, as written by ``save_adapter``; the optimizer starts fresh.
         save_to: folder to write the adapter to when training ends; with several methods one folder each inside it.
@@ -371,7 +371,7 @@ class PEFT(L.Callback):
                 del module_class.on_load_checkpoint
 
 
-def _named(method: Method | Sequence[Method] | str | None, name: str, init_from: str | None) -> dict[str, Method]:
+def _named(method: Any, name: str, init_from: str | None) -> dict[str, Method]:
     if method is None:
         if init_from is None:
             raise AdapterError("PEFT: give a method such as LoRA(r=8), or a folder in init_from to take it from.")
@@ -381,6 +381,7 @@ def _named(method: Method | Sequence[Method] | str | None, name: str, init_from:
         method = method_from(facts)
     several: Sequence[Any] = method if isinstance(method, list | tuple) else [method]
     found = [get_method(m)() if isinstance(m, str) else m for m in several]
+    found = [HFPEFT(config=m) if hasattr(m, "peft_type") else m for m in found]
     for m in found:
         if not isinstance(m, Method):
             raise AdapterError(f"PEFT: expected a method such as LoRA(r=8), or a name such as 'lora', got {m!r}.")

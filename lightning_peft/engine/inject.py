@@ -1,6 +1,7 @@
 """Injection: put the adapters of a method into a model, switch them, and take them out again."""
 
 import dataclasses
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.engine import slots
+from lightning_peft.engine.codes import can_train, first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, TargetError, nearest
 from lightning_peft.engine.method import Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
@@ -52,7 +54,8 @@ class Record:
         trainable: base parameters that required gradients before the first injection.
         buffers: persistent buffers of the base as they were before.
         merged: what `merge` took out, as long as it can be undone.
-        samples: base parameter -> the values that tell one base from another, where they have to be remembered.
+        samples: base parameter -> the values that tell one base from another, where they have to be remembered: of
+            what is sharded, or in codes of another library.
         routed: whether the samples of a batch have adapters of their own at present.
     """
 
@@ -274,7 +277,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
         raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
     if hasattr(slots.Adapters(), name):
         raise AdapterError(f"inject: {name!r} is an attribute of nn.ModuleDict, so no adapter can have that name.")
-    if next(model.parameters(), None) is None:
+    if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
         raise TargetError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
     if not has_record(model):
         inner = next((n for n, m in model.named_modules() if has_record(m)), None)
@@ -306,7 +309,7 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
                 "and let one act at a time."
             )
     for name in names:
-        if not slots.can_train(model.get_parameter(name)):
+        if not can_train(model.get_parameter(name)):
             raise TargetError(
                 f"{who}: {name!r} is kept in few bits, which no gradient can change. Leave it out (exclude_modules, "
                 "modules_to_save), or train an adapter on it."
@@ -335,10 +338,10 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         by = ([target.module] if target.site.read else []) + reading
         because = adapter.unmergeable_because()
-        if by and because is None and slots.in_codes(target.site.get(target.module)[0]):
-            because = slots.in_codes_because(target.module, target.site)
-        if because is None and adapter.dropout:
-            because, by = "its dropout acts on the input: set dropout=0.", [m for m in by if reads_in_training(m)]
+        if by and because is None and slots.in_codes(target.module, target.site):
+            because = f"{slots.in_codes_because(target.module, target.site)} {slots.CALL_IT}"
+        if because is None:
+            because, by = adapter.unreadable_because(), [m for m in by if reads_in_training(m)]
         if because and by:
             raise TargetError(
                 f"{type(adapter).__name__} cannot act on {target.name!r}: {slots.base_class(by[0]).__name__} reads "
@@ -350,6 +353,11 @@ def _stored(model: nn.Module, method: Method, targets: list[Target]) -> list[tup
     """(target, weight) of those that the method keeps in another form than they have."""
     changed, owners = [], owners_of(model)
     for target in targets:
+        if method.changes_base and slots.in_codes(target.module, target.site):
+            raise TargetError(
+                f"{type(method).__name__}: the weight of {target.name!r} is in codes of another library already. "
+                "Use LoRA."
+            )
         weight = target.module._parameters.get(target.site.weight)
         kept = weight if weight is None else method.stored(weight, target)
         if weight is None or kept is None or kept is weight:
@@ -393,6 +401,14 @@ def _freeze(model: nn.Module, record: Record) -> None:
     for name, buffer in slots.base_buffers(model).items():
         if name not in record.buffers:
             record.buffers[name] = buffer.detach().clone()
+    for path, module in model.named_modules():
+        if linear_size(module) is not None:
+            # bitsandbytes packs codes otherwise for evaluation on a CPU, which lets no gradient pass; until they are
+            # saved. So what tells one base from another is taken then, and remembered
+            module.state_dict()
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if name not in record.samples and not parameter.is_meta:
+                    record.samples[name] = first_and_last(parameter)
 
 
 def check_restorable(injection: Injection) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_peft.engine import slots
-from lightning_peft.engine.errors import MergeError
+from lightning_peft.engine.codes import answers_in, can_train, is_code, linear_size, own_tensors, parts
+from lightning_peft.engine.errors import AdapterError, MergeError
 from lightning_peft.engine.inject import (
     ModelT,
     attach,
@@ -27,15 +29,19 @@ from lightning_peft.engine.state import adapter_state
 
 @dataclasses.dataclass
 class Merged:
-    """What `unmerge` needs: the adapters, the base parameters they were folded into, and what was active."""
+    """What `unmerge` needs: the adapters, the base parameters they were folded into, and what was active.
+
+    Layers that were in codes are kept as they were.
+    """
 
     adapters: dict[str, nn.ModuleDict]
+    coded: dict[str, nn.Module]
     parameters: dict[str, dict[str, nn.Parameter | None]]
     active: tuple[str, ...]
     frozen: set[str]
 
 
-def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
+def merge(model: ModelT, *, keep_base: bool = True, dequantize: bool = False) -> ModelT:
     """Fold the active adapters into the base weights in place; what is left are plain modules and their base keys.
 
     A weight that is tied to another is untied first (a warning says so): the other end keeps its value.
@@ -43,9 +49,13 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
     Args:
         model: the model that was given to `inject`.
         keep_base: keep the base weights and the adapters, so that `unmerge` can put them back bit for bit.
+        dequantize: turn each adapted layer that another library keeps in codes into a plain ``nn.Linear`` in the dtype
+            of the model (a warning says what that costs); without it, such a layer is an error. It gives what the
+            quantised layer with its adapters gave, to within rounding: not what it gave before it was quantised.
 
     Raises:
-        MergeError: an adapter cannot be merged, or holds NaN or infinite values; nothing has been changed then.
+        MergeError: an adapter cannot be merged, or holds NaN or infinite values, or sits on a layer in codes;
+            nothing has been changed then.
         AdapterError: nothing was injected into this model, or it is called inside of `routed`.
     """
     record = record_of(model)
@@ -60,10 +70,18 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     owners = owners_of(model)
     kept: dict[str, dict[str, nn.Parameter | None]] = {}
-    dtype = next((p.dtype for p in slots.base_parameters(model).values() if p.is_floating_point()), None)
+    dtype = _dtype(model)
+    layers = tqdm(list(slots.slots(model)), desc="Merging", unit="layer", delay=2, leave=False)
+    merged = {path: merged_parameters(module, dtype, dequantize) for path, module in layers}
+    plain: dict[str, nn.Linear] = {}
     for path, module in list(slots.slots(model)):
-        new = merged_parameters(module, dtype)
+        new = merged[path]
         if not new:  # none of its adapters acts
+            continue
+        if slots.in_codes(module, next(iter(module.adapters.values())).site):  # type: ignore[operator]
+            if module is model:
+                raise MergeError("the model is that layer itself, which nothing holds. Put it into nn.Sequential.")
+            plain[path] = _plain_linear(module, new)
             continue
         kept[path] = {name: module._parameters[name] for name in new}
         for name, value in new.items():
@@ -72,15 +90,21 @@ def merge(model: ModelT, *, keep_base: bool = True) -> ModelT:
                 others = [owner for owner in owners[id(old)] if owner != f"{path}.{name}"]
                 warnings.warn(f"merge: {path}.{name} was tied to {', '.join(others)}; it is untied now.", stacklevel=2)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    coded = {path: model.get_submodule(path) for path in plain}
+    if plain:
+        _warn_of_bytes(coded, plain)
     adapters = detach(model)
+    _exchange(model, plain)
+    for path in plain:
+        refuse_to_save(model, path, f"{path!r} was dequantised, and {_STILL_QUANTISED}")
     for path, before in kept.items():
         if None in before.values():
             made = next(name for name, parameter in before.items() if parameter is None)
             because = f"the merged {path!r} has a {made} that the model does not have by itself, and from_pretrained "
             refuse_to_save(model, path, because + "passes over it. Save the adapters with save_adapter before merging.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or (name in record.trainable and slots.can_train(parameter)))
-    record.merged = Merged(adapters, kept, active, frozen)
+        parameter.requires_grad_(parameter.requires_grad or (name in record.trainable and can_train(parameter)))
+    record.merged = Merged(adapters, coded, kept, active, frozen)
     if not keep_base:
         del model.__dict__["_peft"]
     return model
@@ -96,6 +120,12 @@ def unmerge(model: ModelT) -> ModelT:
     if record is None or record.merged is None:
         raise MergeError("there is nothing to unmerge: merge(model) was not called, or with keep_base=False.")
     merged: Merged = record.merged
+    for path, layer in merged.coded.items():
+        plain = model.get_submodule(path)
+        layer.train(plain.training)
+        if answers_in(layer)[1] != plain.weight.device:  # the model has been moved since
+            layer.to(plain.weight.device)  # type: ignore[arg-type]
+    _exchange(model, merged.coded)
     modules = dict(model.named_modules())
     for path, parameters in merged.parameters.items():
         device = next(p.device for name in parameters if (p := modules[path]._parameters[name]) is not None)
@@ -147,31 +177,87 @@ def unload(model: ModelT, name: str | None = None) -> ModelT:
             if key in record.buffers:
                 buffer.copy_(record.buffers[key])
     for key, base in model.named_parameters():
-        base.requires_grad_(key in record.trainable and slots.can_train(base))
+        base.requires_grad_(key in record.trainable and can_train(base))
     del model.__dict__["_peft"]
     return model
 
 
-def merged_parameters(module: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def merged_parameters(module: Any, dtype: torch.dtype | None = None, dequantize: bool = False) -> dict[str, Tensor]:
     """Name -> value, in the layout and dtype of ``module``, of its parameters with the active adapters folded in.
 
     ``dtype`` is for a layer that has no weight yet. Computed in float32 at least and rounded once.
+
+    Raises:
+        MergeError: the weight is in codes of another library, and nobody said ``dequantize``; or they cannot be read.
     """
-    values: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     for site in dict.fromkeys(adapter.site for adapter in module.adapters.values()):
         adapters = slots.active_adapters(module, site.weight)
         if adapters:
-            weight, bias = site.get(module)
-            if slots.in_codes(weight):
-                raise MergeError(f"nothing can be merged: {slots.in_codes_because(module, site)}")
-            exact = torch.promote_types(weight.dtype, torch.float32)
+            coded = slots.in_codes(module, site)
+            if coded and not dequantize:
+                because = slots.in_codes_because(module, site)
+                raise MergeError(
+                    f"nothing can be merged: {because} merge(model, dequantize=True) puts a plain one there."
+                )
+            try:
+                weight, bias = slots.values(module, site)
+            except AdapterError as error:
+                raise MergeError(f"nothing can be merged: {error}") from None
+            values_in, exact = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
             weight, bias = weight.to(exact), None if bias is None else bias.to(exact)
             with torch.no_grad():
                 for adapter in adapters:
                     weight, bias = adapter.merged(weight, bias)
-                stored = site.store(module, weight, bias, dtype)
-            values |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in stored.items()}
-    return values
+                if coded:
+                    both = {"weight": weight, "bias": bias}
+                    stored = {name: value.to(dtype or values_in) for name, value in both.items() if value is not None}
+                else:
+                    stored = site.store(module, weight, bias, dtype)
+            new |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in stored.items()}
+    return new
+
+
+_STILL_QUANTISED = (
+    "from_pretrained would take it for what the configuration says. Load the base in full precision, then "
+    "load_adapter(model, folder, allow_other_base=True), merge(model) and save that; or save model.state_dict()."
+)
+
+
+def _warn_of_bytes(coded: Mapping[str, nn.Module], plain: Mapping[str, nn.Linear]) -> None:
+    before = sum(part.nbytes for module in coded.values() for t in own_tensors(module) for part in parts(t))
+    after = sum(p.nbytes for layer in plain.values() for p in layer.parameters())
+    path, *others = plain
+    warnings.warn(
+        f"merge: {path}{f' and {len(others)} more are' if others else ' is'} in {plain[path].weight.dtype} now and no "
+        f"longer quantised: {after:,} bytes, which were {before:,}. They give what the quantised layers with their "
+        "adapters gave, to within rounding.",
+        stacklevel=3,
+    )
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """In which ``model`` computes, as its first weight says; a layer in codes may have a dtype of its own."""
+    coded = {id(p) for m in model.modules() if linear_size(m) is not None for p in m.parameters(recurse=False)}
+    base = slots.base_parameters(model).values()
+    return next((p.dtype for p in base if not is_code(p) and id(p) not in coded), None)
+
+
+def _plain_linear(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Linear:
+    """A plain layer with these values in the place of ``module``, whose hooks it keeps."""
+    d_out, d_in = values["weight"].shape
+    plain = nn.Linear(d_in, d_out, bias="bias" in values, device="meta").train(module.training)
+    for name, value in values.items():
+        plain._parameters[name] = nn.Parameter(value, requires_grad=False)
+    vars(plain).update({key: vars(module)[key] for key in vars(plain) if "hooks" in key})
+    return plain
+
+
+def _exchange(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each of ``layers`` in the place of the module of that name, in all places where that is."""
+    new = {id(model.get_submodule(path)): layer for path, layer in layers.items()}
+    for parent in model.modules():
+        parent._modules.update({key: new[id(child)] for key, child in parent._modules.items() if id(child) in new})
 
 
 def check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:

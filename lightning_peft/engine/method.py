@@ -148,7 +148,8 @@ class MethodWithHead(Method):
     """A method that may train modules whole beside its adapters: the head of a new task, for one.
 
     Args:
-        modules_to_save: patterns of these modules; ``"output-head"`` finds the head by itself.
+        modules_to_save: patterns of these modules, or of single parameters such as ``"q_proj.bias"``;
+            ``"output-head"`` finds the head by itself.
 
     Raises:
         TargetError: a pattern matches nothing.
@@ -182,7 +183,7 @@ class TargetedMethod(MethodWithHead):
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers chosen by ``target_modules``, less those that are trained whole."""
-        whole = select_modules(model, self.modules_to_save, who=type(self).__name__)
+        whole = select_modules(model, self.modules_to_save, who=type(self).__name__, parameters=True)
         found = select_targets(
             model,
             tuple(self.adapter_types),

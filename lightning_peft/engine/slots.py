@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.engine.codes import answers_in, decoded, is_code, linear_size
 from lightning_peft.engine.errors import AdapterError, MergeError
 
 TensorT = TypeVar("TensorT", bound=Tensor)
@@ -33,7 +34,8 @@ class Site:
 
     Args:
         kind: what the parameters compute; ``"module"`` where the adapter changes none, but the calls of a whole module.
-        weight: name of the weight in its module; empty for a whole module.
+        weight: name of the weight in its module; empty for a whole module, and for a linear layer that another
+            library keeps in codes of several tensors.
         bias: name of the bias, or None where the module has no place for one.
         transposed: the weight is stored (d_in, d_out), as in ``nn.Embedding`` and transformers' ``Conv1D``.
         read: the module uses the parameters by itself, so that an adapter acts through their effective value only.
@@ -54,11 +56,14 @@ class Site:
     def get(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The raw weight (d_out, d_in, ...) and bias of ``module``, output axis first whatever the storage.
 
-        For a whole module, which has no weight of its own, a tensor (width,) without storage, of its dtype and device.
+        Without a name there is none, and this is a tensor without storage, of the module's dtype and device: (width,)
+        for a whole module, (d_out, d_in) for a linear layer in codes.
         """
-        if self.kind == "module":
-            like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
-            return like.detach().new_empty(()).expand(self.width), None
+        if not self.weight:
+            dtype, device = answers_in(module)
+            size = (self.width,) if self.kind == "module" else linear_size(module)
+            bias = module._parameters[self.bias] if self.bias else None
+            return torch.empty((), dtype=dtype, device=device).expand(size), bias  # type: ignore[arg-type]
         weight: Tensor | None = module._parameters[self.weight]
         if weight is None:  # a normalisation layer without affine parameters scales by one
             weight = torch.ones(_channels(module), device=_device(module))
@@ -150,6 +155,10 @@ class Adapter(nn.Module):
         """Why this adapter cannot be folded into its layer, as a sentence; None if it can."""
         return None if self.changes_weights else f"{type(self).__name__} is not a change of weights."
 
+    def unreadable_because(self) -> str | None:
+        """Why this adapter cannot train where its weight is read without a call of its layer, as a sentence."""
+        return "its dropout acts on the input: set dropout=0." if self.dropout else None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -240,16 +249,18 @@ class Layer:
     def weight(self) -> Tensor:
         """(d_out, d_in, ...), the adapters below included.
 
+        Of a linear layer that another library keeps in codes, it takes a pass through the layer.
+
         Raises:
-            AdapterError: it is kept in codes that only the layer can read.
+            AdapterError: it is in codes that cannot be read.
         """
-        if in_codes(self.site.get(self.module)[0]):
-            raise AdapterError(in_codes_because(self.module, self.site))
         return effective(self.module, self.site, self._same_weight())[0]
 
     @property
     def bias(self) -> Tensor | None:
         """(d_out,) or None, the adapters below included."""
+        if not self._same_weight() and self.site.bias:  # which needs no weight
+            return whole(self.site.get(self.module)[1])
         return effective(self.module, self.site, self._same_weight())[1]
 
     def _same_weight(self) -> list[Adapter]:
@@ -258,10 +269,24 @@ class Layer:
 
 def effective(module: nn.Module, site: Site, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor | None]:
     """Weight (output axis first) and bias of ``module`` with the change of each adapter applied in order."""
-    weight, bias = map(whole, site.get(module))
+    weight, bias = values(module, site)
     for adapter in adapters:
         weight, bias = adapter.merged(weight, bias)
     return weight, bias
+
+
+def values(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
+    """Weight (output axis first) and bias of ``module`` in numbers: whole, and not in codes.
+
+    Raises:
+        AdapterError: they are in codes that cannot be read.
+    """
+    if not in_codes(module, site):
+        weight, bias = map(whole, site.get(module))
+        return weight, bias
+    if site.kind != "linear" or linear_size(module) is None:
+        raise AdapterError(f"{in_codes_because(module, site)} {CALL_IT}")
+    return decoded(module, functools.partial(_base_forward, module) if is_slot(module) else module.forward)
 
 
 def whole(tensor: Any) -> Any:
@@ -272,22 +297,26 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def in_codes(weight: Tensor) -> bool:
-    """Whether another library quantised ``weight``, so that only the forward of its layer can read its values."""
-    return not weight.is_floating_point()
+def in_codes(module: nn.Module, site: Site) -> bool:
+    """Whether another library quantised the weight, so that only the forward of its layer can read its values."""
+    if not site.weight:
+        return site.kind != "module"
+    weight = module._parameters[site.weight]
+    return weight is not None and is_code(weight)
 
 
 def in_codes_because(module: nn.Module, site: Site) -> str:
-    """Why nothing but a call of ``module`` works, as sentences."""
+    """What stands in the way of reading the weight, as a sentence."""
+    weight = module._parameters[site.weight] if site.weight else None
+    plain = type(weight) in (nn.Parameter, Tensor)
+    form = "" if weight is None else f"{weight.dtype if plain else type(weight).__name__} "
     return (
-        f"{base_class(module).__name__} keeps its {site.weight} in {site.get(module)[0].dtype} codes that only its own "
-        "forward can read. Use a method that calls the layer and no more, such as LoRA, or quantise with QLoRA."
+        f"{base_class(module).__name__} keeps its {site.weight or 'weight'} in {form}codes that only its own forward "
+        "can read."
     )
 
 
-def can_train(parameter: Tensor) -> bool:
-    """Whether a gradient may change ``parameter``: not if its values are in codes, nor if it says that it is packed."""
-    return parameter.is_floating_point() and not getattr(parameter, "is_packed", False)
+CALL_IT = "Use a method that calls the layer and no more, such as LoRA, or quantise with QLoRA."
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -307,6 +336,9 @@ def active_adapters(module: Any, parameter: str) -> tuple[Adapter, ...]:
 
 class Adapters(nn.ModuleDict):
     """The child of a slot below which its adapters hang."""
+
+
+STATE = ("_live", "_reads", "_active", "_called", "_dtype", "_calls", "_parameter_names")  # of a slot, in its __dict__
 
 
 class Slot:
@@ -394,17 +426,41 @@ def _effective_property(parameter: str) -> property:
     return property(value)
 
 
+def _with_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
+    state = super(Slot, self).state_dict(*args, **kwargs)
+    if holds_adapters(self):
+        into = {"destination": state} | kwargs
+        self.adapters.state_dict(**into | {"prefix": f"{kwargs.get('prefix', '')}adapters."})
+    return state
+
+
 @functools.cache
 def _slot_class(base: type[nn.Module], parameters: frozenset[str]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any = None) -> tuple[Any, ...]:
         return _rebuild, (base, parameters), self.__getstate__()
 
     members: dict[str, Any] = {name: _effective_property(name) for name in parameters}
+    if base.state_dict is not nn.Module.state_dict:  # it may write what it knows and no more
+        members["state_dict"] = _with_adapters
     members |= {"_slot_base": base, "_slot_parameters": parameters}
     # str() of the class stays that of the base: transformers knows by it what a model can record (hidden states, say)
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": reduce}
-    slot = SequentialSlot if issubclass(base, nn.Sequential) else Slot
-    return type(f"Adapted{base.__name__}", (slot, base), members)
+    slot, name = SequentialSlot if issubclass(base, nn.Sequential) else Slot, f"Adapted{base.__name__}"
+    if type(base) is type:
+        return type(name, (slot, base), members)
+    # below an abstract class, Python takes the swap for one of layouts unless the base is the first of the two
+    return type("SlotFirst", (_SlotFirst, type(base)), {})(name, (base, slot), members)
+
+
+class _SlotFirst(type):
+    """Looks names up in the slot before the base, wherever it stands among the bases."""
+
+    def mro(cls) -> list[type]:
+        own, *others = super().mro()
+        return [own, *(c for c in others if c in _SLOTS), *(c for c in others if c not in _SLOTS)]
+
+
+_SLOTS = (SequentialSlot, Slot)
 
 
 def _rebuild(base: type[nn.Module], parameters: frozenset[str]) -> nn.Module:
@@ -501,7 +557,7 @@ def vacate(module: nn.Module) -> nn.ModuleDict | None:
     module.__class__ = base_class(module)
     if "_own_forward" in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop("_own_forward")
-    for attribute in ("_live", "_reads", "_active", "_called", "_dtype", "_calls", "_parameter_names"):
+    for attribute in STATE:
         module.__dict__.pop(attribute, None)
     return adapters  # type: ignore[return-value]
 
@@ -560,12 +616,12 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer of all that is saved and is not an adapter's."""
+    """Name -> buffer of all that is saved and is not an adapter's; without codes, which nothing changes."""
     return _each_once(
         (f"{path}.{name}".lstrip("."), buffer)
         for path, module in base_modules(model)
         for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
+        if buffer is not None and name not in module._non_persistent_buffers_set and linear_size(module) is None
     )
 
 

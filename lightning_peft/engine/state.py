@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import slots
+from lightning_peft.engine.codes import first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
@@ -60,8 +61,8 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     """Copy ``tensors`` into the adapter ``name`` that was injected before; keys as in `adapter_state`.
 
     Raises:
-        AdapterFileError: keys are missing or unexpected, a shape is wrong, or a value is NaN or infinite; nothing has
-            been changed then.
+        AdapterFileError: keys are missing or unexpected, a shape is wrong, integers are where numbers have a point,
+            or a value is NaN or infinite; nothing has been changed then.
     """
     state, buffers = adapter_state(model, name), slots.base_buffers(model)
     before = {slots.plain_name(key): value for key, value in record_of(model).buffers.items() if key in buffers}
@@ -76,13 +77,23 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor], name: st
     for prefix, adapter, r in ranks:
         shapes |= {prefix + key: shape for key, shape in adapter.shapes_at(r).items()}
     problems["of the wrong shape"] = [k for k, v in tensors.items() if k in shapes and tuple(v.shape) != shapes[k]]
-    problems["NaN or infinite"] = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    problems["of another kind of number"] = [
+        k for k, v in tensors.items() if k in there and _kind(v) is not _kind(there[k])
+    ]
+    # in eight bits they cannot be asked
+    exact = {k: v.float() if v.dtype.itemsize < 2 else v for k, v in tensors.items() if v.is_floating_point()}
+    problems["NaN or infinite"] = [k for k, v in exact.items() if not v.isfinite().all()]
     refuse(problems, f"adapter {name!r} of {slots.base_class(model).__name__}")
     for _, adapter, r in ranks:
         adapter.resize(r)
     with torch.no_grad():
         for key, value in {**before, **tensors}.items():  # a buffer that is not there had its base value
             there[key].copy_(value)
+
+
+def _kind(tensor: Tensor) -> Any:
+    """What may be copied into what: numbers of any precision, and otherwise the same alone."""
+    return float if tensor.is_floating_point() else tensor.dtype
 
 
 def refuse(problems: Mapping[str, list[str]], what: str) -> None:
@@ -99,26 +110,37 @@ def refuse(problems: Mapping[str, list[str]], what: str) -> None:
         )
 
 
+def base_values(model: nn.Module) -> dict[str, Tensor | None]:
+    """Name -> base value of the parameters that are trained in place at present; None where no copy was kept."""
+    active = (injection for injection in record_of(model).injections.values() if injection.active)
+    return {key: other for injection in active for key, other in injection.in_place.items()}
+
+
 def fingerprint(
-    model: nn.Module, prefix: str = "", names: Collection[str] | None = None
+    model: nn.Module, prefix: str = "", names: Collection[str] | None = None, trained: Collection[str] | None = None
 ) -> dict[str, str | int | None]:
     """What tells one base from another, however it is cast or wrapped.
 
     ``structure`` hashes names and shapes of the base parameters. ``values`` hashes up to 128 values of each frozen
     one, in bfloat16 so that a cast checkpoint stays the same base; None for a model without values (meta device).
     Only parameters whose names begin with ``prefix`` count, named without it. Frozen is what the adapters ``names``
-    (all, by default) do not train in place; of what others train, the base value counts.
+    (all, by default) do not train in place, or all but the parameters ``trained``; of what others train, the base
+    value counts.
     """
     injections, samples = record_of(model).injections, record_of(model).samples
-    trained = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
-    before = {key: other for i in injections.values() if i.active for key, other in i.in_place.items()}
+    if trained is None:
+        found = {key for name, i in injections.items() if names is None or name in names for key in i.in_place}
+        trained = {slots.plain_name(key) for key in found}
+    before = base_values(model)
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
+    sizes = {id(p): linear_size(m) for m in model.modules() if linear_size(m) for p in m.parameters(recurse=False)}
     base = {slots.plain_name(name): (name, p) for name, p in slots.base_parameters(model).items()}
     for plain, (name, parameter) in sorted((plain, named) for plain, named in base.items() if plain.startswith(prefix)):
-        structure.update(f"{plain.removeprefix(prefix)}{tuple(parameter.shape)}".encode())
+        shape = sizes.get(id(parameter)) or tuple(parameter.shape)  # codes may change theirs
+        structure.update(f"{plain.removeprefix(prefix)}{shape}".encode())
         count += parameter.numel()
         real = real and not parameter.is_meta
-        if name not in trained and real:
+        if plain not in trained and real:
             other = before.get(name)
             sample = samples[name] if name in samples else _sample(parameter if other is None else other)
             values.update(sample.view(torch.int16).numpy().tobytes())
@@ -135,18 +157,17 @@ def remember_values(model: nn.Module) -> None:
 
     Of a base that is sharded already the values are collected: all ranks have to call this.
     """
-    injections, samples = record_of(model).injections.values(), record_of(model).samples
-    before = {key: other for i in injections if i.active for key, other in i.in_place.items() if other is not None}
+    samples, before = record_of(model).samples, base_values(model)
     for name, parameter in slots.base_parameters(model).items():
         if name not in samples and not parameter.is_meta:
-            samples[name] = _sample(before.get(name, parameter))
+            other = before.get(name)
+            samples[name] = _sample(parameter if other is None else other)
 
 
 def _sample(value: Tensor) -> Tensor:
-    """The first and the last 64 values, in bfloat16 on the CPU; of a sharded tensor without putting it together."""
+    """`first_and_last`; of a sharded tensor without putting it together."""
     if not hasattr(value, "full_tensor"):
-        flat = value.detach().flatten()
-        return torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16)
+        return first_and_last(value)
     count, width = value.numel(), math.prod(value.shape[1:])
     start, rows, groups = 0, value.shape[0], []
     for dim, placement in enumerate(value.placements):  # type: ignore[attr-defined]

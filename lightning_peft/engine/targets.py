@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_peft.engine.codes import answers_in, is_code, linear_size
 from lightning_peft.engine.errors import TargetError, nearest
 from lightning_peft.engine.slots import Kind, Site, base_class, in_codes, plain_name
 from lightning_peft.engine.slots import base_modules as base_modules
@@ -31,10 +32,8 @@ class Target:
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight, output axis first."""
-        weight = self.site.get(self.module)[0]
-        if in_codes(weight) and isinstance(self.module, nn.Linear):  # whose shape is what suits the codes
-            return torch.Size((self.module.out_features, self.module.in_features))
-        return weight.shape
+        size = linear_size(self.module) if in_codes(self.module, self.site) else None
+        return self.site.get(self.module)[0].shape if size is None else torch.Size(size)  # codes have any shape
 
     @property
     def d_out(self) -> int:
@@ -49,8 +48,9 @@ class Target:
     def new_parameter(self, *size: int) -> nn.Parameter:
         """A parameter for an adapter, not yet filled: beside the weight, in its precision but float32 at least."""
         weight = self.site.get(self.module)[0]
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        return nn.Parameter(torch.empty(size, dtype=exact, device=weight.device))
+        coded = in_codes(self.module, self.site)
+        dtype, device = answers_in(self.module) if coded else (weight.dtype, weight.device)
+        return nn.Parameter(torch.empty(size, dtype=torch.promote_types(dtype, torch.float32), device=device))
 
 
 def module_target(model: nn.Module, name: str, width: int) -> Target:
@@ -66,8 +66,9 @@ def sites(module: nn.Module) -> list[Site]:
         if module.in_proj_weight is not None:
             return [Site("linear", "in_proj_weight", "in_proj_bias", read=True)]
         return [Site("linear", f"{part}_proj_weight", None, read=True) for part in "qkv"]
-    if "weight" not in module._parameters:  # it is computed from others at each call: weight_norm, parametrize
-        return []
+    if "weight" not in module._parameters:
+        # in codes of another library; or computed from other parameters at each call: weight_norm, parametrize
+        return [] if linear_size(module) is None else [Site("linear", "", bias)]
     if isinstance(module, nn.Linear):
         return [Site("linear", bias=bias, read=_has_own_forward(cls, nn.Linear, module))]
     for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -87,7 +88,7 @@ def _has_own_forward(cls: type[nn.Module], known: type[nn.Module], module: nn.Mo
     # would then differ from a delta merged into its weight, so the adapter acts through the weight
     own = cls.forward is not known.forward
     weight = module._parameters["weight"]
-    return own and weight is not None and weight.is_floating_point()
+    return own and weight is not None and not is_code(weight)
 
 
 def candidates(model: nn.Module) -> list[Target]:
@@ -95,7 +96,7 @@ def candidates(model: nn.Module) -> list[Target]:
     found = []
     for name, module in base_modules(model):
         for site in sites(module):
-            full = name if site.weight == "weight" else f"{name}.{site.weight}".lstrip(".")
+            full = name if site.weight in ("weight", "") else f"{name}.{site.weight}".lstrip(".")
             found.append(Target(plain_name(full), module, site, name))
     return found
 
@@ -209,13 +210,23 @@ def unsupported(
     ]
 
 
-def select_modules(model: nn.Module, patterns: str | Sequence[str] | None, who: str) -> list[str]:
+def select_modules(
+    model: nn.Module, patterns: str | Sequence[str] | None, who: str, parameters: bool = False
+) -> list[str]:
     """Names of the modules of any type that the patterns (or ``"output-head"``) select.
+
+    Args:
+        model: where to look.
+        patterns: see above.
+        who: how errors name the caller.
+        parameters: select single parameters too, by their names.
 
     Raises:
         TargetError: a pattern selects nothing.
     """
-    everything = {name: module for name, module in base_modules(model) if name}
+    everything: dict[str, nn.Module | None] = {name: module for name, module in base_modules(model) if name}
+    if parameters:
+        everything |= dict.fromkeys(_parameter_names(model))
     chosen: dict[str, None] = {}
     for pattern in as_patterns(patterns):
         if pattern == OUTPUT_HEAD:
@@ -239,24 +250,32 @@ def select_parameters(
     layers_to_transform: Sequence[int] | None = None,
     who: str,
 ) -> list[str]:
-    """Names of the base parameters in the modules that the patterns select; ``"all-layers"`` means all of them.
+    """Names of the base parameters in the modules that the patterns select, or that they select one by one.
+
+    ``"all-layers"`` means all of them.
 
     Raises:
         TargetError: a pattern, or an index, selects nothing.
     """
-    owned = [(owner, module.named_parameters(recurse=False)) for owner, module in base_modules(model)]
-    everything = [f"{owner}.{name}".lstrip(".") for owner, parameters in owned for name, _ in parameters]
+    everything = _parameter_names(model)
 
-    def below(modules: list[str]) -> set[str]:
-        return {name for name in everything if any(name.startswith(module + ".") for module in modules)}
+    def selected(patterns: str | Sequence[str]) -> set[str]:
+        names = select_modules(model, patterns, who, parameters=True)
+        return {name for name in everything if any(is_below(name, other) for other in names)}
 
     chosen = set(everything)
     if target_modules != ALL_LAYERS:
-        chosen = below(select_modules(model, target_modules, who))
-    chosen -= below(select_modules(model, exclude_modules, who))
+        chosen = selected(target_modules)
+    chosen -= selected(exclude_modules)
     if layers_to_transform is not None:
         chosen = keep_layers(chosen, layers_to_transform, who)
     return [name for name in everything if name in chosen]
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """Of all parameters of the base, each under every name that it has."""
+    owned = [(owner, module.named_parameters(recurse=False)) for owner, module in base_modules(model)]
+    return [f"{owner}.{name}".lstrip(".") for owner, parameters in owned for name, _ in parameters]
 
 
 def is_below(name: str, module: str | None) -> bool:

@@ -4,3 +4,4 @@ from .combine import combine as combine
 from .files import load_adapter as load_adapter
 from .files import read_adapter as read_adapter
 from .files import save_adapter as save_adapter
+from .hfpeft import HFPEFT as HFPEFT

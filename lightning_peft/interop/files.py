@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +23,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
+from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.merge import check_finite
-from lightning_peft.engine.slots import is_sharded, whole
-from lightning_peft.engine.state import adapter_state, check_base, fingerprint, load_adapter_state
+from lightning_peft.engine.slots import base_class, base_parameters, is_sharded, plain_name, whole
+from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
+from lightning_peft.engine.targets import as_patterns, base_modules
 from lightning_peft.interop import diffusers_lora, hf_peft
 from lightning_peft.interop.as_lora import as_lora as plain_lora
+from lightning_peft.interop.patterns import check_pattern, strings
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Format = Literal["peft", "diffusers"]
+Format = Literal["peft", "diffusers", "lightning_peft"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 _METADATA = "lightning_peft"
+_ROUNDING = 1e-5  # relative errors up to it are those of single precision
 
 
 def save_adapter(
@@ -41,7 +47,7 @@ def save_adapter(
     folder: str | Path,
     name: str = "default",
     *,
-    as_lora: bool = False,
+    as_lora: bool | int = False,
     format: Format = "peft",
 ) -> Path:
     """Write adapter ``name`` of ``model`` to ``folder``; each file is complete or not there at all.
@@ -52,30 +58,43 @@ def save_adapter(
         model: the model that was given to `inject`, or a LightningModule with it inside.
         folder: made if it does not exist; an adapter that is there already is replaced.
         name: which adapter.
-        as_lora: write the plain LoRA on the original base that computes the same, for servers that know no other
-            method; for low-rank changes of weights. A method that starts at a part of the weight doubles its rank.
+        as_lora: write a plain LoRA on the original base, for servers that know no other method. True: the LoRA that
+            computes the same, for low-rank changes of weights; a method that starts at a part of the weight doubles
+            its rank. A number: the nearest LoRA of that rank in each layer, for any change of weights of linear,
+            convolution and embedding layers (LoHa, DoRA; weights trained in place, if there is no adapter). A warning
+            and the file say the largest relative error of a layer, ``|D - D_r| / |D|`` in the Frobenius norm.
         format: ``"peft"`` for the two files of HF PEFT, which hold any method; ``"diffusers"`` for the one LoRA file
             that ``pipe.load_lora_weights(folder)`` reads: LoRA and DoRA as they are, other low-rank changes of weights
             as with ``as_lora``. Its keys begin with ``unet``, ``transformer`` or ``text_encoder``.
+            ``"lightning_peft"`` for our own names in those two files, also of what HF PEFT knows.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, it is no low-rank
-            change and LoRA is asked for, diffusers has no place for it, or the folder holds an adapter in the other
-            format.
+        AdapterError: there is no such adapter, it is merged, it holds NaN or infinite values, it is no change of
+            weights that LoRA can make and LoRA is asked for, diffusers has no place for it, or the folder holds an
+            adapter in the other format.
     """
     if format not in get_args(Format):
         raise AdapterError(f"save_adapter: format is one of {', '.join(map(repr, get_args(Format)))}, got {format!r}.")
+    if not isinstance(as_lora, int) or as_lora < 0:
+        raise AdapterError(f"save_adapter: as_lora is True, False or a rank >= 1, got {as_lora!r}.")
     folder, model = Path(folder), adapted_root(model)
+    if as_lora and as_lora is not True and is_sharded(model):
+        raise AdapterError(
+            "save_adapter: a LoRA of a given rank is computed from whole weights, and these are spread over ranks. "
+            "Save the adapter as it is, and load it into a model of one process first."
+        )
     state = {key: whole(value.detach()) for key, value in adapter_state(model, name).items()}
     if is_sharded(model) and torch.distributed.get_rank() > 0:
         return folder
     check_finite(state, AdapterError)
     method: Method = record_of(model).injections[name].method
-    written = _as_diffusers if format == "diffusers" else _as_peft
-    facts, config, tensors = written(model, name, method, state, as_lora, folder)
+    if format == "diffusers":
+        facts, config, tensors = _as_diffusers(model, name, method, state, as_lora)
+    else:
+        facts, config, tensors = _as_peft(model, name, method, state, as_lora, folder if format == "peft" else None)
     _check_free(folder, CONFIG if format == "diffusers" else diffusers_lora.WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
@@ -96,37 +115,66 @@ Written = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]  # facts, con
 
 
 def _as_peft(
-    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool, folder: Path
+    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool | int, folder: Path | None
 ) -> Written:
+    """In our own format where there is no ``folder``, or HF PEFT has no place for it."""
     inner, prefix = _unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     found = adapters_of(inner, name)
+    facts: dict[str, Any] = {"base": fingerprint(model, prefix, [name])}
     if as_lora:
-        method, found, state = plain_lora(found, state)
-    facts = describe(method) | {"base": fingerprint(model, prefix, [name])}
+        method, found, state, facts = _as_plain_lora(model, inner, prefix, method, found, state, as_lora)
+    facts = describe(method) | facts
+    if folder is None:
+        return facts, facts, state
     try:
         config, tensors = hf_peft.to_peft(inner, method, found, state)
         facts["layout"] = "peft"
     except AdapterFileError as reason:
         config, tensors = facts, state
-        if type(method) in hf_peft.CONFIGS:
+        if not isinstance(reason, hf_peft.NoCounterpart):
             warnings.warn(f"{folder} is written in our own format, not in HF PEFT's: {reason}", stacklevel=3)
     return facts, config, tensors
 
 
 def _as_diffusers(
-    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool, folder: Path
+    model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool | int
 ) -> Written:
     found = adapters_of(model, name)
+    facts: dict[str, Any] = {}
     if as_lora or type(method) not in diffusers_lora.PLAIN:
-        method, found, state = plain_lora(found, state)
+        method, found, state, facts = _as_plain_lora(model, model, "", method, found, state, as_lora)
     config, tensors = diffusers_lora.to_diffusers(model, method, found, state)
     places = diffusers_lora.components(model)
     adapted = {key.partition(".")[0] for key in tensors}
-    base = {part: fingerprint(model, _below(place), [name]) for part, place in places.items() if part in adapted}
+    base = {part: fingerprint(model, _below(place), trained=()) for part, place in places.items() if part in adapted}
     # the scaling is in the factors
     plain = dataclasses.replace(method, alpha=None, alpha_pattern={}, use_rslora=False)  # type: ignore[type-var]
-    return describe(plain) | {"base": base, "layout": "diffusers"}, config, tensors
+    return describe(plain) | facts | {"base": base, "layout": "diffusers"}, config, tensors
+
+
+def _as_plain_lora(
+    model: nn.Module,
+    inner: nn.Module,
+    prefix: str,
+    method: Method,
+    found: list[Any],
+    state: dict[str, Tensor],
+    as_lora: bool | int,
+) -> tuple[Method, list[Any], dict[str, Tensor], dict[str, Any]]:
+    """Method, adapters and state of the plain LoRA, and what the file says of it."""
+    base = {id(model.get_parameter(key)): value for key, value in base_values(model).items()}
+    r = as_lora if as_lora is not True and as_lora else None
+    plain, found, state, (layer, error) = plain_lora(inner, found, state, r, base)
+    if error > _ROUNDING:
+        warnings.warn(
+            f"as_lora={r} leaves out a part of the change that {type(method).__name__} made: {error:.2g} of its "
+            f"Frobenius norm in {layer!r}, the layer where it is most. A larger rank leaves out less.",
+            stacklevel=5,
+        )
+    trained = [prefix + key for key in state if ".adapters" not in key]
+    facts = {"base": fingerprint(model, prefix, trained=trained)}
+    return plain, found, state, facts | {"as_lora": {"method": method.name, "relative_error": error}}
 
 
 def _below(path: str) -> str:
@@ -146,9 +194,10 @@ def _check_free(folder: Path, other: str) -> None:
 def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, allow_other_base: bool = False) -> ModelT:
     """Put the adapter of ``folder`` into ``model`` under ``name``, and return the model.
 
-    Reads what `save_adapter` wrote, what HF PEFT's ``save_pretrained`` wrote for LoRA, rsLoRA, DoRA and (IA)^3, and
-    what ``save_lora_adapter`` and ``save_lora_weights`` of diffusers wrote. If the same method is in the model under
-    this name already, its values are replaced.
+    Reads what `save_adapter` wrote; what HF PEFT's ``save_pretrained`` wrote for LoRA and its kin, AdaLoRA, LoHa, LoKr,
+    MiSS (Bone), (IA)^3, prompt tuning and P-tuning, and for its other types by ``peft`` itself (`HFPEFT`); and what
+    ``save_lora_adapter`` and ``save_lora_weights`` of diffusers wrote. If the same method is in the model under this
+    name already, its values are replaced.
 
     Args:
         model: a model like the one the adapter was made with, or a LightningModule with it inside.
@@ -162,32 +211,113 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     facts, config, tensors = read_adapter(folder)
     target = adapted_root(model)
     places: dict[str, str] = {}
-    if config.get("layout") == "diffusers":
-        method, tensors, places = diffusers_lora.method_from_diffusers(config["settings"], tensors, target)
-    else:
-        method = method_from(facts) if facts else hf_peft.method_from_peft(config, tensors, model)
-    was_there = has_record(target) and name in record_of(target).injections
-    if was_there and places and facts and record_of(target).injections[name].method == method_from(facts):
-        method = method_from(facts)  # the same, its targets not named in full
-    inject(target, method, name)
+    with _told_by(folder):
+        _check_patterns(config.get("settings", config), str(folder))
+        if "settings" not in config and (facts is None or facts.get("layout") == "peft"):
+            _check_places(tensors, str(folder))
+        if "settings" in config:
+            method, tensors, places = diffusers_lora.method_from_diffusers(config["settings"], tensors, target)
+        elif facts:
+            method = method_from(facts)
+        else:
+            method, tensors = hf_peft.method_from_peft(config, tensors, model)
+            _check_names(method, target, str(folder))
+        was_there = has_record(target) and name in record_of(target).injections
+        if was_there and places and facts and record_of(target).injections[name].method == method_from(facts):
+            method = method_from(facts)  # the same, its targets not named in full
+        _check_size(method, target, tensors, str(folder))
+        replaces = method.changes_base and not was_there
+        kept = [
+            (m, n, p, p.requires_grad)
+            for m in target.modules()
+            for n, p in m._parameters.items()
+            if replaces and p is not None
+        ]
+        inject(target, method, name)
     try:
-        inner, prefix = (target, "") if places else _unwrapped(target, adapter_state(target, name))
-        is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
-        ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
-        if facts and not allow_other_base:
-            there = facts.get("base") or {}
-            for part, place in places.items():
-                check_base(fingerprint(target, _below(place), [name]), there.get(part), f"{folder}, {part}")
-            if not places:
-                check_base(fingerprint(target, prefix, [name]), there, str(folder))
-        load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
-    except AdapterError:
+        with _told_by(folder):
+            inner, prefix = (target, "") if places else _unwrapped(target, adapter_state(target, name))
+            is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
+            ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
+            if facts and not allow_other_base:
+                there = facts.get("base") or {}
+                for part, place in places.items():
+                    check_base(fingerprint(target, _below(place), [name]), there.get(part), f"{folder}, {part}")
+                if not places:
+                    check_base(fingerprint(target, prefix, [name]), there, str(folder))
+            load_adapter_state(target, {prefix + key: value for key, value in ours.items()}, name)
+    except BaseException:
         if not was_there:  # no value has been changed yet
             in_place = record_of(target).injections[name].in_place
             in_place.update({key: target.get_parameter(key).detach().clone() for key in in_place})
             unload(target, name)
+            for module, key, parameter, trainable in kept:
+                parameter.requires_grad = trainable
+                module._parameters[key] = parameter
         raise
     return model
+
+
+@contextlib.contextmanager
+def _told_by(source: str | Path) -> Iterator[None]:
+    """Make an error of the file ``source`` of whatever its description makes fail: it may say anything at all."""
+    try:
+        yield
+    except (AdapterError, Warning):
+        raise
+    except Exception as error:
+        raise AdapterFileError(
+            f"{source} does not describe an adapter of this model ({type(error).__name__}: {error}). It is torn, or "
+            "was tampered with: take it from where it was saved again."
+        ) from error
+
+
+def _check_patterns(settings: dict[str, Any] | None, source: str) -> None:
+    """Raise an `AdapterFileError` if a pattern of HF PEFT, as it is matched, may take very long."""
+    for key, patterns in (settings or {}).items():
+        if key.endswith("_pattern"):
+            for pattern in patterns or {}:
+                check_pattern(rf"(.*\.)?({pattern})$", source)
+
+
+def _check_places(tensors: dict[str, Tensor], source: str) -> None:
+    """Raise an `AdapterFileError` if two tensors of a file of HF PEFT have one place."""
+    there: dict[str, str] = {}
+    for key in tensors:
+        place = key.removeprefix(hf_peft.PREFIX)
+        place = place.removesuffix(".weight") if place.endswith("_vector.weight") else place
+        if there.setdefault(place, key) != key:
+            raise AdapterFileError(f"{source}: {key!r} and {there[place]!r} are for the same parameter. It is torn.")
+
+
+def _check_names(method: Method, model: nn.Module, source: str) -> None:
+    """Raise an `AdapterFileError` if a name of ``method``, which a file gave, is none in ``model``."""
+    names = {plain_name(name) for name in (*dict(base_modules(model)), *base_parameters(model))}
+    ends = {name[match.end() :] for name in names for match in re.finditer(r"^|\.", name)}
+    exact = {f"^{re.escape(name)}" for name in names}
+    for field in ("target_modules", "modules_to_save"):
+        for name in as_patterns(getattr(method, field, None)):
+            if name not in ends and name not in exact:
+                raise AdapterFileError(
+                    f"{source} adapts {name!r}, which {base_class(model).__name__} does not have."
+                    f"{nearest(name, names)} Load it into the model that it was made with."
+                )
+
+
+def _check_size(method: Method, model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise an `AdapterFileError` if ``method`` wants far more numbers than the file has, before they are made.
+
+    Of a file that lacks a part, it is said later which.
+    """
+    host = getattr(method, "host", method)
+    if any(cls.rank_axes for cls in host.adapter_types.values()):
+        return  # the tensors decide
+    wanted, given = method.total_trainable(method.targets(model)), sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 10 * given + 10**6:
+        raise AdapterFileError(
+            f"{source} describes {method}, which has {wanted:,} numbers here, and holds {given:,}. It is torn, or made "
+            "for another model."
+        )
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Tensor]]:
@@ -204,19 +334,23 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
         _check_free(path, TENSORS)
         file = path / diffusers_lora.WEIGHTS
     if not file.is_file():
-        pickled = [p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-        hint = f" {pickled[0]} is a pickle, which can run code when it is read: convert it first." if pickled else ""
+        pickled = sorted(p for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        hint = ""
+        if pickled:
+            hint = f" {pickled[0].name} is a pickle, which can run code when it is read: convert it first, by"
+            hint += _without_code(pickled[0], path / TENSORS)
         raise AdapterFileError(f"there is no {TENSORS} in {path}.{hint}")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-        is_pickle = start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-        what = "is a pickle under a false name, which is never read" if is_pickle else f"is torn or foreign ({error})"
-        raise AdapterFileError(f"{file} {what}. Take it from where it was saved again.") from None
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        if _is_pickle(file):
+            raise AdapterFileError(
+                f"{file} is a pickle under a false name, which is never read. Take it from where it was saved again, "
+                f"or convert it, by{_without_code(file, file.with_suffix('.safetensors'))}"
+            ) from None
+        raise AdapterFileError(f"{file} is torn or foreign ({error}). Take it from where it was saved again.") from None
     facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
     if diffusers_lora.METADATA in metadata or file.name == diffusers_lora.WEIGHTS:
         stated = metadata.get(diffusers_lora.METADATA)
@@ -225,16 +359,42 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
             check_format(facts, str(file))
         return facts, {"layout": "diffusers", "settings": settings}, tensors
     config_file = file.parent / CONFIG
-    config = _parse(config_file.read_text(), config_file) if config_file.is_file() else facts
+    config = _parse(_text(config_file), config_file) if config_file.is_file() else facts
     if config is None:
         raise AdapterFileError(f"there is no {CONFIG} beside {file}, and the file does not say what it is.")
+    config = {key: value for key, value in config.items() if key != "settings"}  # what files of diffusers have
     if facts:
         check_format(facts, str(file))
     return facts, config, tensors
 
 
+def _is_pickle(file: Path) -> bool:
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        return stream.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    return False
+
+
+def _without_code(pickled: Path, file: Path) -> str:
+    """The command that writes the tensors in ``pickled`` to ``file``, and runs no code that may be in it."""
+    program = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "tensors = torch.load(open(sys.argv[1], 'rb'), map_location='cpu', weights_only=True); "
+        "save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, sys.argv[2])"
+    )
+    return f' python -c "{program}" {shlex.quote(str(pickled))} {shlex.quote(str(file))}'
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"{file} cannot be read ({error}).") from None
+
+
 def check_format(facts: dict[str, Any], source: str) -> None:
     """Raise an `AdapterFileError` if ``source`` was written by a version that knows more than this one."""
+    if not isinstance(facts.get("format", 0), int):
+        raise AdapterFileError(f"{source} says that its format is {facts['format']!r}: it is torn or foreign.")
     if facts.get("format", 0) > FORMAT:
         raise AdapterFileError(
             f"{source} has format {facts['format']}, this library reads up to {FORMAT}: it was written by "
@@ -261,6 +421,8 @@ def method_from(facts: dict[str, Any]) -> Method:
         raise AdapterFileError(
             "the file does not say which method made it, with which arguments: it is torn or foreign."
         )
+    for pattern in strings(facts["arguments"]):
+        check_pattern(pattern, "the file")
     cls = get_method(facts["method"])
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(facts["arguments"]) - known)
@@ -296,7 +458,7 @@ def _unwrapped(model: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, s
 def _parse(text: str, file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{file}: the description is torn or foreign ({error}).") from None
     if not isinstance(parsed, dict):
         raise AdapterFileError(f"{file}: expected a JSON object that describes an adapter.")

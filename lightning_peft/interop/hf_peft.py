@@ -1,156 +1,217 @@
 """Translation to and from the files of Hugging Face PEFT, for the methods that both know.
 
 Its file holds ``base_model.model.<module>.lora_A.weight`` and the like; its config says which modules, by name. Reading
-trusts the tensors, not the patterns of the config: what is in the file is what is adapted.
+trusts the tensors, not the patterns of the config: what is in the file is what is adapted. `ROWS` has a row for each of
+its types. What HF PEFT has no place for (buffers of ours, say) stands in the file under our own names, which it passes
+over.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
-from lightning_peft.engine import Adapter, AdapterFileError, Method, adapters_of
+from lightning_peft.adapters.rescaling import Rescaling
+from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
 from lightning_peft.engine.slots import plain_name
-from lightning_peft.methods import IA3, DoRA, LoRA, LoRAPlus
-
-V = TypeVar("V")
-
-PREFIX = "base_model.model."
+from lightning_peft.engine.state import METHOD_STATE
+from lightning_peft.interop import hf_delta, hf_prompts, hfpeft
+from lightning_peft.interop.hf_format import (
+    LORA_KNOWN,
+    LORA_PLAIN,
+    PREFIX,
+    Found,
+    NoCounterpart,
+    Parts,
+    Place,
+    Row,
+    State,
+    Unread,
+    own_values,
+    prefix_of,
+    ranks_and_alphas,
+    read_alphas,
+    target_of,
+)
+from lightning_peft.methods import EVA, IA3, PEGO, DoRA, FFALoRA, LoRA, LoRAGGPO, LoRAPlus, LoRAPro, PiSSA
+from lightning_peft.parts.spectrum import svd
 
 TENSOR = re.compile(r"(?P<module>.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|ia3_l)$")
 
-# settings of a LoraConfig that change what the file means, and the value at which they do not
-_PLAIN = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False, True),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-}
+
+def reads(config: Mapping[str, Any]) -> str | None:
+    """Why a file of HF PEFT with this config is not read here, as sentences; None if it is."""
+    try:
+        check_settings(config)
+    except AdapterFileError as reason:
+        return str(reason)
+    return None
 
 
-def tensor_names(path: str, module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our parameter name -> (key, shape) in a file of HF PEFT.
-
-    Raises:
-        AdapterFileError: HF PEFT has no place for this adapter, or computes something else with it.
-    """
-    if not path:
-        raise AdapterFileError("HF PEFT adapts the layers inside a model, not a model that is one layer.")
-    if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
-        raise AdapterFileError(f"HF PEFT adds the update of out_proj twice in nn.MultiheadAttention ({path}).")
-    if adapter.site.kind == "conv" and module.groups != 1:
-        raise AdapterFileError(f"HF PEFT computes something else for {path}, a convolution with groups.")
-    shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
-    if not isinstance(adapter, LowRank):  # (IA)^3
-        (size,) = shapes["scale"]
-        return {"scale": (f"{path}.ia3_l", (1, size) if adapter.on_input else (size, 1))}
-    spatial = (1,) * (len(shapes["lora_A"]) - 2)
-    keys = {
-        "lora_A": (f"{path}.lora_A.weight", shapes["lora_A"]),
-        "lora_B": (f"{path}.lora_B.weight", shapes["lora_B"] + spatial),
-    }
-    if isinstance(adapter, LowRankEmbedding):
-        keys = {name: (f"{path}.lora_embedding_{name[-1]}", shapes[name]) for name in keys}
-    if "magnitude" in shapes:
-        vector = (1, *shapes["magnitude"], *spatial) if spatial else shapes["magnitude"]
-        keys["magnitude"] = (f"{path}.lora_magnitude_vector", vector)
-    return keys
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Raise an `AdapterFileError` if the type, or a setting of it, is not known here."""
+    kind = config.get("peft_type")
+    if kind not in ROWS:
+        known = ", ".join(sorted(kind for kind, row in ROWS.items() if row.read))
+        raise Unread(f"the file holds an adapter of HF PEFT's type {kind!r}; those read here: {known}.")
+    ROWS[kind].check(config)
 
 
-def to_peft(
-    model: nn.Module, method: Method, found: list[tuple[str, nn.Module, Adapter]], state: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors as HF PEFT writes them.
+def method_from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> tuple[Method, dict[str, Tensor]]:
+    """The method that made this file of HF PEFT, its targets named in full, and the tensors that `from_peft` takes.
 
     Raises:
-        AdapterFileError: HF PEFT does not know this method, or cannot express what it did here.
+        AdapterFileError: the type, or a setting of it, is not known here; or something is missing in the file.
     """
-    if type(method) not in CONFIGS:
-        raise AdapterFileError(f"HF PEFT has no counterpart of {type(method).__name__}.")
-    tensors, left = {}, dict(state)
-    for path, module, adapter in found:
-        prefix = f"{path}.{adapter.site.key('adapters')}."
-        for ours, (key, shape) in tensor_names(path, module, adapter).items():
-            tensors[PREFIX + key] = left.pop(prefix + ours).reshape(shape)
-    tensors |= {PREFIX + key: value for key, value in left.items()}
-    whole = sorted({key.rpartition(".")[0] for key in left})
-    config = {
-        "target_modules": _short_names(model, [path for path, _, _ in found]),
-        "modules_to_save": whole or None,
-        "fan_in_fan_out": any(a.site.kind == "linear" and a.site.transposed for _, _, a in found),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "task_type": None,
-        "inference_mode": True,
-    }
-    return config | CONFIGS[type(method)](method, found), tensors
-
-
-def method_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> Method:
-    """The method that made this file of HF PEFT, its targets named in full.
-
-    Raises:
-        AdapterFileError: the method, or a setting of it, is not known here.
-    """
-    check_settings(config)
+    try:
+        check_settings(config)
+    except Unread as reason:
+        return hfpeft.method_from(config, model, str(reason)), dict(tensors)
+    row = ROWS[config["peft_type"]]
+    row.warn(config)
     if any(".base_layer.out_proj." in key for key in tensors):
         raise AdapterFileError(
             "the file adapts nn.MultiheadAttention, where HF PEFT adds the update of out_proj twice."
         )
-    matched = {key: TENSOR.match(key.removeprefix(PREFIX)) for key in tensors}
-    names = {key: m["module"] for key, m in matched.items() if m}
-    whole = {
-        key.removeprefix(PREFIX).rpartition(".")[0] for key, m in matched.items() if not m and "base_layer" not in key
+    own = re.compile(rf"(?:(?P<module>.+)\.)?(?P<name>{'|'.join(map(re.escape, row.names))})(?:(?<=vector)\.weight)?$")
+    found: Parts = {}
+    others: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        match = own.match(key.removeprefix(row.prefix))
+        if match:
+            found.setdefault(match["module"] or "", {})[match["name"]] = value
+        elif not key.endswith(".base_layer.weight"):  # an embedding that was adapted, as it is in the base
+            others[key.replace(".base_layer.", ".")] = value
+    try:
+        method, found = row.read(config, found, _trained_whole(others, row), model)  # type: ignore[misc]  # it was checked
+    except KeyError as missing:
+        raise AdapterFileError(f"the file has no {missing.args[0]!r} of a layer that it adapts: it is torn.") from None
+    parts = {f"{row.prefix}{module}.{name}": t for module, named in found.items() for name, t in named.items()}
+    return method, {key.lstrip("."): value for key, value in parts.items()} | others
+
+
+def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors as HF PEFT writes them.
+
+    Raises:
+        NoCounterpart: HF PEFT does not know this method.
+        AdapterFileError: it cannot express what the method did here.
+    """
+    if isinstance(method, hfpeft.HFPEFT):
+        return hfpeft.to_peft(found)
+    while isinstance(method, HostedMethod):  # what it injects is the other's
+        method = method.host
+    if type(method) not in CONFIGS:
+        raise NoCounterpart(f"HF PEFT has no counterpart of {type(method).__name__}.")
+    if not found:
+        raise AdapterFileError("it reads no file in which nothing is adapted.")
+    kind = CONFIGS[type(method)]
+    row, tensors, left = ROWS[kind], {}, dict(state)
+    for ours, place in places(found, row).items():
+        # what is scaled there stands beside it as it is, for a division does not bring back every bit
+        value = left.pop(ours) if place.factor == 1 else left[ours] * place.factor
+        tensors[row.prefix + place.key] = value.reshape(place.shape)
+    biases = _single_biases(model, [key for key in left if not _is_ours(key)], row)
+    adapted = {path for path, _, _ in found}
+    for key, value in left.items():
+        path = key.removesuffix(".bias")
+        layer = ".base_layer" if key in biases and path in adapted else ""
+        tensors[f"{row.whole_prefix}{path}{layer}{key.removeprefix(path)}"] = value
+    whole = {key.rpartition(".")[0] for key in left if not _is_ours(key) and key not in biases}
+    tensors |= row.derived(found, state)
+    config = {
+        "peft_type": kind,
+        "modules_to_save": sorted(whole) or None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "task_type": None,
+        "inference_mode": True,
     }
-    reader = _READERS[config["peft_type"]]
-    return reader(config, {names[key]: tensors[key] for key in names if _gives_rank(key)}, tuple(sorted(whole)))
-
-
-def check_settings(config: Mapping[str, Any]) -> None:
-    """Raise an `AdapterFileError` if the method, or a setting of it, is not known here."""
-    kind = config.get("peft_type")
-    if kind not in _READERS:
-        known = ", ".join(sorted(_READERS))
-        raise AdapterFileError(f"the file holds an adapter of HF PEFT's type {kind!r}; those read here: {known}.")
-    if kind == "LORA" and not isinstance(config.get("r"), int):
-        raise AdapterFileError("the config does not say the rank r of the adapter: it is torn or foreign.")
-    for setting, plain in _PLAIN.items():
-        if setting in config and config[setting] not in plain:
-            raise AdapterFileError(
-                f"the file was made with {setting}={config[setting]!r}, which is not read here (only {plain[0]!r} is). "
-                "Merge it with HF PEFT, or convert it to a plain adapter there."
-            )
+    if row.prefix:  # it adapts layers
+        config["target_modules"] = _short_names(model, [path for path, _, _ in found])
+    if row.transposed and row.prefix:
+        config["fan_in_fan_out"] = any(a.site.kind == "linear" and a.site.transposed for _, _, a in found)
+    if row.bias:
+        config["bias"] = "all" if biases else "none"
+    return config | row.write(method, found, model, state), tensors  # type: ignore[misc]  # it has a method
 
 
 def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our keys and in our shapes, for the adapter ``name`` that was injected into ``model``."""
-    left = {key.removeprefix(PREFIX): value for key, value in tensors.items() if ".base_layer.weight" not in key}
+    found = adapters_of(model, name)
+    if found and isinstance(found[0][2], hfpeft.HFPEFTAdapter):
+        return hfpeft.from_peft(model, name, tensors)
+    prompt = hf_prompts.PROMPT in tensors
+    prefix = "base_model." if prompt else PREFIX
+    left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}
+    state = {prefix_of(path, adapter) + key: t for path, _, adapter in found for key, t in adapter.state_dict().items()}
     ours: dict[str, Tensor] = {}
-    for path, module, adapter in adapters_of(model, name):
-        prefix = f"{path}.{adapter.site.key('adapters')}."
-        for parameter, (key, shape) in tensor_names(path, module, adapter).items():
-            if key not in left and f"{key}.weight" in left:
-                key = f"{key}.weight"
-            if key in left and left[key].shape == shape:
-                ours[prefix + parameter] = left.pop(key).reshape(adapter.get_parameter(parameter).shape)
-    return ours | left
+    for key, place in places(found).items():
+        value = left.pop(place.key, left.pop(f"{place.key}.weight", None))
+        if value is not None:
+            value = value if place.factor == 1 else value / place.factor
+            ours[key] = value.reshape(state[key].shape) if value.shape == place.shape else value
+    # what stands under our own names is exact
+    return ours | {key: value for key, value in left.items() if key not in _DERIVED}
 
 
-def _gives_rank(key: str) -> bool:
-    return key.endswith(("lora_A.weight", "lora_embedding_A", "ia3_l"))
+def places(found: Found, row: Row | None = None) -> dict[str, Place]:
+    """Our key -> its place in a file of HF PEFT, for all adapters ``found``.
+
+    Raises:
+        AdapterFileError: HF PEFT has no place for one of them in a file of the type of ``row``, or computes something
+            else with it. Without a row, of any type.
+    """
+    by_class = row.places if row else {cls: place for row in ROWS.values() for cls, place in row.places.items()}
+    all_places: dict[str, Place] = {}
+    for path, module, adapter in found:
+        cls = next((cls for cls in type(adapter).__mro__ if cls in by_class), None)
+        if cls is None:
+            raise NoCounterpart(f"HF PEFT has no counterpart of {type(adapter).__name__} ({path}).")
+        if row and adapter.site.kind != "module":
+            _check_layer(path, module)
+            row.check_layer(path, module, adapter)
+        own = by_class[cls](path, module, adapter, found)
+        all_places |= {prefix_of(path, adapter) + name: place for name, place in own.items()}
+    return all_places
+
+
+def _is_ours(key: str) -> bool:
+    """Whether it is no parameter of the base."""
+    return key.startswith((METHOD_STATE, "adapters.")) or ".adapters." in key
+
+
+def _trained_whole(tensors: Iterable[str], row: Row) -> tuple[str, ...]:
+    """The modules that these keys belong to; of those of which there is a bias alone, that."""
+    plain = [key.removeprefix(row.whole_prefix) for key in tensors]
+    more = {key.rpartition(".")[0] for key in plain if not key.endswith(".bias")}
+    return tuple(sorted({path if path in more else key for key in plain for path in [key.rpartition(".")[0]]} | more))
+
+
+def _single_biases(model: nn.Module, keys: Sequence[str], row: Row) -> set[str]:
+    """Those of ``keys`` that are biases of modules of which nothing else is among them."""
+    single: set[str] = set()
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        others = {f"{path}.{other}".lstrip(".") for other, _ in modules[path].named_parameters(recurse=False)}
+        if not others <= {*keys}:
+            if name != "bias" or not row.bias:
+                raise AdapterFileError(f"HF PEFT saves modules whole, and of {path!r} {name} alone is trained.")
+            single.add(key)
+    return single
+
+
+def _check_layer(path: str, module: nn.Module) -> None:
+    if not path:
+        raise AdapterFileError("HF PEFT adapts the layers inside a model, not a model that is one layer.")
+    if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+        raise AdapterFileError(f"HF PEFT adds the update of out_proj twice in nn.MultiheadAttention ({path}).")
 
 
 def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
@@ -161,45 +222,47 @@ def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
     return sorted(last if selected == set(paths) else paths)
 
 
-def _lora_config(method: LoRA, found: list[tuple[str, nn.Module, Adapter]]) -> dict[str, Any]:
-    ranks = {path: adapter.lora_A.shape[0] for path, _, adapter in found}  # type: ignore[index]
-    power = 0.5 if method.use_rslora else 1
-    alphas = {path: round(float(adapter.scaling) * ranks[path] ** power, 6) for path, _, adapter in found}  # type: ignore[arg-type]
-    alpha = method.r**power if method.alpha is None else method.alpha
-    return {
-        "peft_type": "LORA",
-        "r": method.r,
-        "lora_alpha": alpha,
-        "rank_pattern": {exactly(path, ranks): r for path, r in ranks.items() if r != method.r},
-        "alpha_pattern": {exactly(path, ranks): a for path, a in alphas.items() if abs(a - alpha) > 1e-4},
+# LoRA
+
+
+def tensor_names(path: str, module: nn.Module, adapter: Adapter) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of a tensor of a plain low-rank product -> (key, shape) in a file of HF PEFT, or of diffusers.
+
+    Raises:
+        AdapterFileError: HF PEFT has no place for this adapter, or computes something else with it.
+    """
+    _check_layer(path, module)
+    ROWS["LORA"].check_layer(path, module, adapter)
+    return {name: (place.key, place.shape) for name, place in _lora_places(path, module, adapter, []).items()}
+
+
+def _lora_places(path: str, module: Any, adapter: Any, found: Found) -> dict[str, Place]:
+    if adapter.site.kind == "conv" and module.groups != 1:
+        raise AdapterFileError(f"HF PEFT computes something else for {path}, a convolution with groups.")
+    shapes = {name: tuple(t.shape) for name, t in adapter.state_dict().items()}
+    spatial = (1,) * (len(shapes["lora_A"]) - 2)
+    if isinstance(adapter, LowRankEmbedding):
+        keys = {name: Place(f"{path}.lora_embedding_{name[-1]}", shapes[name]) for name in ("lora_A", "lora_B")}
+    else:
+        keys = {
+            "lora_A": Place(f"{path}.lora_A.weight", shapes["lora_A"]),
+            "lora_B": Place(f"{path}.lora_B.weight", shapes["lora_B"] + spatial),
+        }
+    if "magnitude" in shapes:
+        vector = (1, *shapes["magnitude"], *spatial) if spatial else shapes["magnitude"]
+        keys["magnitude"] = Place(f"{path}.lora_magnitude_vector", vector)
+    return keys
+
+
+def _write_lora(method: LoRA, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
+    ranks = {path: adapter.lora_A.shape[0] for path, _, adapter in found}
+    scalings = {path: float(adapter.scaling) for path, _, adapter in found}
+    settings = ranks_and_alphas(method, ranks, scalings, 0.5 if method.use_rslora else 1)
+    return dict(zip(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), settings, strict=True)) | {
         "lora_dropout": method.dropout,
         "use_rslora": method.use_rslora,
         "use_dora": isinstance(method, DoRA),
-        "bias": "none",
     }
-
-
-def exactly(path: str, others: Iterable[str]) -> str:
-    """The pattern of HF PEFT that selects ``path``, and not those of ``others`` that end in it."""
-    return f"^{re.escape(path)}" if any(other.endswith(f".{path}") for other in others) else re.escape(path)
-
-
-def _ia3_config(method: IA3, found: list[tuple[str, nn.Module, Any]]) -> dict[str, Any]:
-    inner = {path for path, _, adapter in found if adapter.on_input}
-    outer = {path for path, _, adapter in found if not adapter.on_input}
-    # HF PEFT wants both lists in the same form, and no name of the one in the other
-    return {"peft_type": "IA3", "target_modules": sorted(inner | outer), "feedforward_modules": sorted(inner)}
-
-
-def read_alphas(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    """Name of each adapted module -> its alpha."""
-
-    def alpha(name: str) -> Any:
-        patterns = config.get("alpha_pattern") or {}
-        hits = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
-        return hits[0] if hits else config.get("lora_alpha", 8)
-
-    return {name: alpha(name) for name in names}
 
 
 def lora_method(
@@ -220,7 +283,8 @@ def lora_method(
     """
     alpha = config.get("lora_alpha", 8)
     names = {name: f"^{re.escape(name)}" if exact else name for name in ranks}
-    return (DoRA if config.get("use_dora") else LoRA)(
+    started = config.get("init_lora_weights") in _STARTS
+    return (DoRA if config.get("use_dora") else PiSSA if started else LoRA)(
         r=config["r"],
         alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
@@ -232,30 +296,105 @@ def lora_method(
     )
 
 
-def _read_lora(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[str, ...]) -> Method:
-    return lora_method(config, {name: t.shape[0] for name, t in found.items()}, read_alphas(config, found), whole)
+def _read_lora(
+    config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model: nn.Module
+) -> tuple[Method, Parts]:
+    ranks, alphas = {name: len(_down(parts)) for name, parts in found.items()}, read_alphas(config, found)
+    method = lora_method(config, ranks, alphas, whole)
+    start = _STARTS.get(config.get("init_lora_weights", True))
+    if start is not None:  # the file is for a weight less the product that training began with
+        for name, parts in found.items():
+            target = target_of(model, name)
+            weight = target.site.get(target.module)[0].detach()
+            scaling = alphas[name] / ranks[name] ** (0.5 if config.get("use_rslora") else 1)
+            A, B = start(weight.to(torch.promote_types(weight.dtype, torch.float32)), target, ranks[name], scaling)
+            parts |= {"adapters.start_A": A, "adapters.start_B": B}
+    return method, found
 
 
-def own_values(values: Mapping[str, V], default: V) -> dict[str, V]:
-    """Those of ``values`` that a pattern has to name, the longest names first.
-
-    A name selects all that end in it, and the first pattern that matches counts. So a longer name that ends in one that
-    is there is there as well, before it.
-    """
-    own = [name for name, value in values.items() if value != default]
-    named = [n for n in values if n in own or any(n.endswith(f".{short}") for short in own)]
-    return {name: values[name] for name in sorted(named, key=len, reverse=True)}
+def _down(parts: Mapping[str, Tensor]) -> Tensor:
+    return parts["lora_embedding_A" if "lora_embedding_B" in parts else "lora_A.weight"]
 
 
-def _read_ia3(config: Mapping[str, Any], found: dict[str, Tensor], whole: tuple[str, ...]) -> Method:
-    inner = tuple(sorted(name for name, tensor in found.items() if tensor.shape[0] == 1))
-    return IA3(target_modules=tuple(sorted(found)), feedforward_modules=inner, modules_to_save=whole)
+def _principal(weight: Tensor, target: Target, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A_0 (r, d_in) and B_0 (d_out, r) of PiSSA; the scaled product is the leading part of the weight."""
+    U, values, Vh = svd(weight)
+    root = (values[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
 
 
-CONFIGS: dict[type[Method], Callable[..., dict[str, Any]]] = {
-    LoRA: _lora_config,
-    LoRAPlus: _lora_config,
-    DoRA: _lora_config,
-    IA3: _ia3_config,
+def _triangular(weight: Tensor, target: Target, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The same of OLoRA; HF PEFT decomposes the weight as it is stored."""
+    Q, R = torch.linalg.qr(weight.T if target.site.transposed else weight)
+    return (Q[:, :r].T, R[:r].T) if target.site.transposed else (R[:r], Q[:, :r])
+
+
+# those that take a product out of the weight which follows from it; others draw it at random or measure it on data
+_STARTS = {"pissa": _principal, "olora": _triangular}
+
+
+def _unlike_lora(config: Mapping[str, Any]) -> str | None:
+    start = config.get("init_lora_weights", True)
+    if start in (True, False, "gaussian", "eva", "orthogonal") or (start in _STARTS and not config.get("use_dora")):
+        return None
+    text = f"the file was made with init_lora_weights={start!r}"
+    if start in _STARTS:
+        return f"{text} and use_dora=True, which is not read here. Merge it with HF PEFT."
+    if str(start).startswith(("pissa_niter", "corda", "lora_ga")):
+        return (
+            f"{text}: it is for a base from which a product was taken that is not in the file and cannot be had again. "
+            "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...) of HF PEFT."
+        )
+    return (
+        f"{text}, which is not read here (only True is). Merge it with HF PEFT, or convert it to a plain adapter there."
+    )
+
+
+# (IA)^3
+
+
+def _rescaling_places(path: str, module: Any, adapter: Any, found: Found) -> dict[str, Place]:
+    size = len(adapter.scale)
+    return {"scale": Place(f"{path}.ia3_l", (1, size) if adapter.on_input else (size, 1))}
+
+
+def _write_ia3(method: IA3, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
+    inner = {path for path, _, adapter in found if adapter.on_input}
+    # HF PEFT wants both lists in the same form, and no name of the one in the other
+    return {"target_modules": sorted(path for path, _, _ in found), "feedforward_modules": sorted(inner)}
+
+
+def _read_ia3(
+    config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model: nn.Module
+) -> tuple[Method, Parts]:
+    inner = tuple(sorted(name for name, parts in found.items() if len(parts["ia3_l"]) == 1))
+    return IA3(target_modules=tuple(sorted(found)), feedforward_modules=inner, modules_to_save=whole), found
+
+
+ROWS: dict[str, Row] = {
+    "LORA": Row(
+        names=("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+        places={LowRank: _lora_places},
+        methods=(LoRA, LoRAPlus, DoRA, FFALoRA, LoRAGGPO, LoRAPro, PEGO, EVA),
+        write=_write_lora,
+        read=_read_lora,
+        layers=(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding),
+        bias=True,
+        required=("r",),
+        plain=LORA_PLAIN,
+        unlike=_unlike_lora,
+        known=LORA_KNOWN,
+    ),
+    "IA3": Row(
+        names=("ia3_l",),
+        places={Rescaling: _rescaling_places},
+        methods=(IA3,),
+        write=_write_ia3,
+        read=_read_ia3,
+        known="feedforward_modules init_ia3_weights",
+    ),
+    **hf_delta.ROWS,
+    **hf_prompts.ROWS,
 }
-_READERS: dict[str, Callable[..., Method]] = {"LORA": _read_lora, "IA3": _read_ia3}
+CONFIGS: dict[type[Method], str] = {method: kind for kind, row in ROWS.items() for method in row.methods}
+_DERIVED = ("base_model.vera_A", "base_model.vera_B", hf_prompts.PROMPT)

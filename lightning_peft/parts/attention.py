@@ -59,7 +59,7 @@ def widths_of(module: nn.Module) -> Widths | None:
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     for site in sites(module):
-        if site.kind == "linear" and site.weight == "weight":
+        if site.kind == "linear" and site.weight in ("weight", ""):
             shape = Target("", module, site, "").shape
             return shape[0], shape[1]
     return None

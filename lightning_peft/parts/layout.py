@@ -95,7 +95,7 @@ def width_of(module: nn.Module, name: str, who: str) -> int:
     Raises:
         TargetError: none of its layers is known.
     """
-    own = [Target(key, layer, site, key) for key, layer, site in layers_of(module) if site.weight == "weight"]
+    own = [Target(key, layer, site, key) for key, layer, site in layers_of(module) if site.weight in ("weight", "")]
     widths = [target.d_out for target in own]
     if not widths:
         raise TargetError(

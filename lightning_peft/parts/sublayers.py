@@ -124,7 +124,7 @@ class SublayerMethod(TargetedMethod):
     def named(self, model: nn.Module) -> list[Target]:
         """The layers that ``target_modules`` names, less those that are trained whole."""
         who = type(self).__name__
-        whole = select_modules(model, self.modules_to_save, who=who)
+        whole = select_modules(model, self.modules_to_save, who=who, parameters=True)
         chosen = select_targets(
             model,
             self.layers,
@@ -154,7 +154,7 @@ class SublayerMethod(TargetedMethod):
             chosen -= left_out
         if self.layers_to_transform is not None:
             chosen = keep_layers(chosen, self.layers_to_transform, who)
-        whole = select_modules(model, self.modules_to_save, who=who)
+        whole = select_modules(model, self.modules_to_save, who=who, parameters=True)
         chosen -= {name for name in chosen if any(is_below(name, other) for other in whole)}
         if not chosen:
             raise TargetError(
@@ -204,7 +204,7 @@ def _in_block(model: nn.Module, block: str, everything: list[Target]) -> list[Su
     module = model.get_submodule(block)
     inside = [t for t in everything if not block or t.owner == block or t.owner.startswith(block + ".")]
     # an nn.MultiheadAttention counts once, as its output projection
-    layers = [t for t in inside if _mixes_channels(t) and t.site.weight == "weight"]
+    layers = [t for t in inside if _mixes_channels(t) and t.site.weight in ("weight", "")]
     # of a block with two streams, that of the samples counts
     layers = [t for t in layers if not re.search(r"(\b|_)(context|add)(\b|_)", _inner(t.owner, block))] or layers
     norms = _norms(module)

@@ -165,6 +165,27 @@ def test_parameters_of_chosen_modules_are_those_below_them() -> None:
     assert select_parameters(Net(), "all-layers", who="LoRA") == [name for name, _ in Net().named_parameters()]
 
 
+def test_a_parameter_may_be_named_alone_and_its_layer_be_adapted_all_the_same() -> None:
+    biases = [f"blocks.{i}.q_proj.bias" for i in range(3)]
+    assert select_parameters(Net(), "q_proj.bias", who="LoRA") == biases
+    assert select_parameters(Net(), (r"blocks\.1\..*bias", "head"), who="LoRA") == [
+        "blocks.1.q_proj.bias",
+        "blocks.1.norm.bias",
+        "blocks.1.conv.bias",
+        "head.weight",
+        "head.bias",
+    ]
+    model = inject(Net(), LoRA(r=2, target_modules="q_proj", modules_to_save=("q_proj.bias", "norm.bias")))
+    assert [name for name, _, _ in adapters_of(model)] == [f"blocks.{i}.q_proj" for i in range(3)]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "adapters" not in name} == {
+        *biases,
+        *(f"blocks.{i}.norm.bias" for i in range(3)),
+    }
+    with pytest.raises(TargetError, match=re.escape("'q_proj.bais' matched none")):
+        select_parameters(Net(), "q_proj.bais", who="LoRA")
+
+
 def test_adapters_are_no_candidates_themselves() -> None:
     model = Net()
     before = [t.name for t in candidates(model)]

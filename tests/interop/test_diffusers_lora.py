@@ -1,5 +1,6 @@
 """LoRA files go both ways between diffusers and here; its own classes load them, and make the same pictures."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_peft import (
+    SALT,
     SSF,
     BitFit,
     DoRA,
     LinearProbe,
+    LoKr,
     LoRA,
     PiSSA,
     inject,
@@ -235,6 +238,22 @@ def test_every_method_is_written_right_or_refused(cls: Any, tmp_path: Path) -> N
     torch.testing.assert_close(call("sd3", theirs), call("sd3", model), **CLOSE)
 
 
+@pytest.mark.parametrize("method", [DoRA(r=2), LoKr(r=2), SALT(r=2)], ids=["dora", "lokr", "salt"])
+def test_a_rank_makes_lora_of_any_change_of_weights(method: Any, tmp_path: Path) -> None:
+    model = moved(inject(unet(), dataclasses.replace(method, target_modules=("to_q", "to_v"))))
+    exact = save_adapter(model, tmp_path / "exact", format="diffusers", as_lora=100)
+    theirs = unet()
+    theirs.load_lora_adapter(str(exact), prefix="unet", weight_name=WEIGHTS, use_safetensors=True)
+    torch.testing.assert_close(output(theirs), output(model), **CLOSE)
+    with pytest.warns(UserWarning, match="as_lora=1 leaves out"):
+        near = save_adapter(model, tmp_path / "near", format="diffusers", as_lora=1)
+    loaded, theirs = load_adapter(unet(), near), unet()
+    assert {len(adapter.lora_A) for _, _, adapter in adapters_of(loaded)} == {1}
+    theirs.load_lora_adapter(str(near), prefix="unet", weight_name=WEIGHTS, use_safetensors=True)
+    torch.testing.assert_close(output(theirs), output(loaded), **CLOSE)
+    assert not torch.allclose(output(loaded), output(model), atol=1e-3)
+
+
 class Bare(nn.Module):
     """No component of a pipeline."""
 
@@ -250,7 +269,7 @@ def embedded() -> Any:
 @pytest.mark.parametrize(
     ("build", "method", "message"),
     [
-        (unet, SSF(target_modules="to_q", modules_to_save=()), "ScaleShift on .*to_q' is no low-rank product.*merge"),
+        (unet, SSF(target_modules="to_q", modules_to_save=()), "ScaleShift on .*to_q' changes the bias as well.*merge"),
         (unet, BitFit(modules_to_save=()), "nothing but weights of the base was trained.*save the weights"),
         (unet, LoRA(r=2, target_modules="to_q", modules_to_save="conv_out"), "'conv_out.weight' was trained .* beside"),
         (embedded, LoRA(r=2, target_modules="class_embedding"), "LoRA of an embedding .class_embedding.*exclude"),
@@ -281,7 +300,7 @@ def test_formats_do_not_mix(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(AdapterFileError, match="holds an adapter in another format"):
         load_adapter(unet(), folder)
-    with pytest.raises(AdapterError, match="format is one of 'peft', 'diffusers', got 'diffuser'"):
+    with pytest.raises(AdapterError, match="format is one of 'peft', 'diffusers', 'lightning_peft', got 'diffuser'"):
         save_adapter(model, tmp_path / "new", format="diffuser")  # type: ignore[arg-type]
 
 

@@ -205,7 +205,7 @@ A = "base_model.model.q_proj.lora_A.weight"
     [
         (lambda t: {k: v for k, v in t.items() if k != A}, "1 tensors are missing: q_proj.adapters.lora_A"),
         (lambda t: t | {"k_proj.lora_A.weight": torch.zeros(2, 3)}, "unexpected: k_proj.lora_A.weight"),
-        (lambda t: t | {A: torch.zeros(5, 7)}, "q_proj.lora_A.weight"),
+        (lambda t: t | {A: torch.zeros(5, 7)}, "1 tensors are of the wrong shape: q_proj.adapters.lora_A"),
         (lambda t: t | {A: torch.full((2, 7), torch.nan)}, "NaN or infinite: q_proj.adapters.lora_A"),
     ],
 )

@@ -1,7 +1,9 @@
 """Files go both ways between HF PEFT and here, and both compute the same; where HF PEFT is wrong, a test says how."""
 
 import copy
+import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,31 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_peft import IA3, DoRA, LoRA, inject, load_adapter, merge, save_adapter
+from lightning_peft import (
+    IA3,
+    AdaLoRA,
+    Bone,
+    DoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    PiSSA,
+    PrefixTuning,
+    PromptTuning,
+    RandLoRA,
+    VeRA,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from lightning_peft.engine import AdapterFileError
+from lightning_peft.interop import hf_peft
 from tests.methods.backbones import moved
 
 # HF PEFT asks transformers by a name that is on its way out
@@ -78,6 +100,27 @@ PAIRS: list[tuple[Any, Any]] = [
         IA3(target_modules=("q_proj", "fc2"), feedforward_modules="fc2"),
         IA3Config(target_modules=["q_proj", "fc2"], feedforward_modules=["fc2"]),
     ),
+    (
+        AdaLoRA(r=3, alpha=5.0, target_modules=LAYERS[2:]),
+        AdaLoraConfig(init_r=3, lora_alpha=5, total_step=9, target_modules=["q_proj", "fc2"]),
+    ),
+    (
+        LoHa(r=2, alpha=6.0, rank_pattern={"fc2": 1}, target_modules=LAYERS[1:], modules_to_save="head"),
+        LoHaConfig(
+            r=2,
+            alpha=6,
+            rank_pattern={"fc2": 1},
+            alpha_pattern={"conv": 3},
+            target_modules=list(LAYERS[1:]),
+            modules_to_save=["head"],
+        ),
+    ),
+    (
+        LoKr(r=1, decompose_both=True, decompose_factor=3, target_modules=LAYERS[1:]),
+        LoKrConfig(r=1, decompose_both=True, decompose_factor=3, target_modules=list(LAYERS[1:])),
+    ),
+    (MiSS(r=3, target_modules=LAYERS[2:]), MissConfig(r=3, target_modules=["q_proj", "fc2"])),
+    (Bone(r=1, target_modules=LAYERS[2:]), MissConfig(r=1, init_weights="bat", target_modules=["q_proj", "fc2"])),
 ]
 each_pair = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=lambda m: type(m).__name__)
 
@@ -134,30 +177,232 @@ def test_an_ordinary_transformer_goes_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"peft_type": "LOHA"}, "type 'LOHA'; those read here: IA3, LORA"),
-        ({"bias": "all"}, "bias='all', which is not read here"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-    ],
-)
+def changed(folder: Path, change: dict[str, Any], drop: str = "") -> dict[str, Any]:
+    """The config of the file in ``folder`` after it was edited."""
+    file = folder / "adapter_config.json"
+    config = {key: value for key, value in (json.loads(file.read_text()) | change).items() if key != drop}
+    file.write_text(json.dumps(config))
+    return config
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "LOHA"}, "the config has no number 'alpha', but None"),
+    ({"peft_type": "ADALORA", "init_r": "8"}, "the config has no number 'init_r', but '8'"),
+    ({"r": True}, "the config has no number 'r', but True"),
+    ({"r": None}, "the config has no number 'r', but None: it is torn or foreign"),
+    ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': .*Convert it: .*path_initial_model_for_weight_conv"),
+    ({"init_lora_weights": "corda"}, "'corda': .*path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', which is not read here"),
+    ({"init_lora_weights": "pissa", "use_dora": True}, "'pissa' and use_dora=True, which is not read here"),
+]
+LEFT_TO_HF_PEFT: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "OFT"}, "type 'OFT'; those read here: ADALORA, IA3, LOHA, LOKR, LORA, MISS, PROMPT_TUNING, P_TU"),
+    ({"peft_type": "VERA"}, "'VERA' are not read here: its matrices that all layers share are in the file"),
+    ({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' are not read here: its prefix moves the positions"),
+    ({"peft_type": "RANDLORA"}, "'RANDLORA' are not read here: its columns and rows"),
+    ({"lora_bias": True}, "lora_bias=True, which is not read here"),
+    ({"peft_type": "LOKR", "alpha": 8, "rank_pattern": {"q_proj": 1}}, "rank_pattern=.'q_proj': 1., which is not"),
+    ({"peft_type": "MISS", "init_weights": "new"}, "init_weights='new', which is not read here"),
+    ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "task_type=None, which is not read here"),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), REFUSED)
 def test_a_setting_that_changes_the_meaning_is_refused(change: dict[str, Any], part: str, tmp_path: Path) -> None:
     hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert hf_peft.reads(changed(tmp_path, {})) is None
+    config = changed(tmp_path, change)
+    model = net()
+    with pytest.raises(AdapterFileError, match=part) as error:
+        load_adapter(model, tmp_path)
+    assert hf_peft.reads(config) == str(error.value)
+    assert not hasattr(model, "_peft")
+
+
+@pytest.mark.parametrize(("change", "part"), LEFT_TO_HF_PEFT)
+@pytest.mark.filterwarnings("ignore:settings of the file .* are passed over:UserWarning")
+def test_what_no_method_of_ours_computes_is_left_to_hf_peft(change: dict[str, Any], part: str, tmp_path: Path) -> None:
+    hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    because = hf_peft.reads(changed(tmp_path, change))
+    assert because is not None
+    assert re.search(part, because)
+    model = net()
+    with pytest.raises(AdapterFileError):  # for the tensors are those of plain LoRA
+        load_adapter(model, tmp_path)
+    assert not hasattr(model, "_peft")
+
+
+def test_a_setting_of_a_later_version_is_named(ids: Tensor, tmp_path: Path) -> None:
+    model = hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path))
+    changed(tmp_path, {"use_new": False, "new_pattern": {}})
+    load_adapter(net(), tmp_path)
+    changed(tmp_path, {"use_new": 3})
+    with pytest.warns(UserWarning, match="the setting use_new=3 of the file is not known here"):
+        loaded = load_adapter(net(), tmp_path)
+    torch.testing.assert_close(loaded(ids), model(ids))
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+def test_a_setting_of_training_is_named(config: Any, tmp_path: Path) -> None:
+    hf_moved(net(), config(r=1, rank_dropout=0.5, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match="rank_dropout=0.5 acts in training alone"):
+        load_adapter(net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "lost", "part"),
+    [
+        (LoraConfig(r=2, target_modules=["q_proj"]), "lora_A.weight", "the file has no 'lora_A.weight' of a layer"),
+        (LoraConfig(r=2, target_modules=["q_proj"]), "lora_B.weight", "missing: q_proj.adapters.lora_B"),
+        (LoHaConfig(r=2, target_modules=["q_proj"]), "hada_w1_b", "the file has no 'hada_w1_b' of a layer"),
+        (AdaLoraConfig(total_step=9, target_modules=["q_proj"]), "lora_E", "the file has no 'lora_E' of a layer"),
+    ],
+)
+def test_a_torn_file_is_refused(config: Any, lost: str, part: str, tmp_path: Path) -> None:
+    hf_moved(net(), copy.deepcopy(config)).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if not key.endswith(lost)}, file, {"format": "pt"})
     with pytest.raises(AdapterFileError, match=part):
         load_adapter(net(), tmp_path)
 
 
-def test_what_hf_peft_computes_otherwise_is_written_in_our_own_format(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
-    model = moved(inject(copy.deepcopy(base), LoRA(r=2, target_modules="all-layers")))
-    with pytest.warns(UserWarning, match="our own format, not in HF PEFT's: .*a convolution with groups"):
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, bias="all", target_modules=["q_proj", "fc2"]),
+        LoraConfig(r=2, bias="lora_only", target_modules=["q_proj", "conv"], modules_to_save=["head"]),
+        AdaLoraConfig(init_r=2, total_step=9, bias="all", target_modules=["q_proj"]),
+        MissConfig(r=2, bias="all", target_modules=["q_proj"]),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{config.bias}",
+)
+def test_biases_that_were_trained_go_both_ways(config: Any, ids: Tensor, tmp_path: Path) -> None:
+    model = hf_moved(net(), copy.deepcopy(config))
+    model.save_pretrained(str(tmp_path / "theirs"))
+    loaded = load_adapter(net(), tmp_path / "theirs")
+    torch.testing.assert_close(loaded(ids), model(ids))
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    expected = sum(parameter.requires_grad for parameter in model.parameters())
+    assert len(trained) == expected
+    assert {"q_proj.bias"} <= trained - {"q_proj.weight"} == trained
+
+    save_adapter(loaded, tmp_path / "ours")
+    again = PeftModel.from_pretrained(net(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(ids), model(ids))
+    assert again.peft_config["default"].bias == "all"
+
+
+def test_triplets_that_adalora_dropped_stay_dropped(ids: Tensor, tmp_path: Path) -> None:
+    # as after a run: of the layers, one has lost all and one some of its triplets
+    kept = {"q_proj": [True, False, True], "fc2": [False, False, False], "head": [True, True, True]}
+    config = AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, total_step=9, target_modules=list(kept))
+    model = hf_moved(net(), config)
+    model.peft_config["default"].rank_pattern = {f"{name}.lora_E.default": mask for name, mask in kept.items()}
+    with torch.no_grad():
+        for name, mask in kept.items():
+            model.base_model.model.get_submodule(name).lora_E["default"][~torch.tensor(mask)] = 0
+    expected = model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # HF PEFT takes a layer of no triplets for a sign of shards
+        model.save_pretrained(str(tmp_path))
+    loaded = load_adapter(net(), tmp_path)
+    torch.testing.assert_close(loaded(ids), expected)
+    for name, mask in kept.items():
+        assert loaded.get_submodule(name).adapters["default"].kept.bool().tolist() == mask
+    masks = {f"{name}.lora_E": mask for name, mask in kept.items()}
+    changed(tmp_path, {"rank_pattern": masks | {"q_proj.lora_E": [True, True, True]}})
+    with pytest.raises(AdapterFileError, match="'q_proj' has 2 triplets in the file, and its config says 3 of 3"):
+        load_adapter(net(), tmp_path)
+
+
+def test_the_schedule_of_adalora_goes_both_ways(tmp_path: Path) -> None:
+    # HF PEFT takes alpha <= 0 for a scaling of one
+    schedule = {
+        "target_r": 2,
+        "tinit": 3,
+        "tfinal": 1,
+        "deltaT": 2,
+        "beta1": 0.5,
+        "beta2": 0.75,
+        "orth_reg_weight": 0.0,
+    }
+    config = AdaLoraConfig(init_r=3, lora_alpha=-1, total_step=9, target_modules=["q_proj"], **schedule)
+    model = hf_moved(net(), config)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    loaded = load_adapter(net(), tmp_path / "theirs")
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(loaded(ids), model(ids))
+    method = loaded._peft.injections["default"].method
+    assert method == AdaLoRA(r=3, alpha=3, total_steps=9, target_modules=("q_proj",), **schedule)
+    save_adapter(loaded, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert {key: written[key] for key in schedule} == schedule
+    assert written["total_step"] == 9
+
+
+def test_a_file_that_began_at_pissa_trains_on_as_pissa(ids: Tensor, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights="pissa", target_modules=["q_proj", "fc2"], use_rslora=True)
+    model = hf_moved(net(), config)
+    model.save_pretrained(str(tmp_path))
+    loaded = load_adapter(net(), tmp_path)
+    assert isinstance(loaded._peft.injections["default"].method, PiSSA)
+    torch.testing.assert_close(loaded(ids), model(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merge(loaded)(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def training_step(self) -> None: ...
+
+    torch.testing.assert_close(load_adapter(Inside(), tmp_path).net(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_what_hf_peft_knows_is_what_is_known_here() -> None:
+    """So that a file of this version of HF PEFT makes no warning."""
+    for kind, row in hf_peft.ROWS.items():
+        cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+        unset = {field.name: 7 for field in dataclasses.fields(cls) if field.name not in row.training}
+        if row.read:
+            row.warn(unset)
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "part"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2), LoRA(r=2, target_modules="all-layers"), "a convolution with groups"),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), LoHa(r=2, target_modules="all-layers"), "with zeros"),
+        (nn.Conv2d(4, 6, 3), VeRA(r=2, target_modules="all-layers"), "does not adapt a Conv2d"),
+        (nn.Conv1d(4, 6, 3), AdaLoRA(r=2, target_modules="all-layers"), "does not adapt a Conv1d"),
+        (nn.Linear(4, 6), AdaLoRA(target_modules="0", modules_to_save="0"), "no file in which nothing is adapted"),
+        (
+            nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)),
+            AdaLoRA(r=2, rank_pattern={"0.1": 1}, target_modules=("0.0", "0.1")),
+            "begins with one rank and one alpha for all layers",
+        ),
+        (nn.Linear(4, 6), LoKr(r=1, dropout=0.5), "has no dropout of the input, here is dropout=0.5"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_hf_peft_computes_otherwise_is_written_in_our_own_format(
+    base: nn.Module, method: Any, part: str, tmp_path: Path
+) -> None:
+    model = moved(inject(nn.Sequential(copy.deepcopy(base)).eval(), method))
+    with pytest.warns(UserWarning, match=f"our own format, not in HF PEFT's: .*{part}"):
         save_adapter(model, tmp_path)
     assert "peft_type" not in json.loads((tmp_path / "adapter_config.json").read_text())
-    x = torch.randn(2, 4, 5, 5)
-    assert torch.equal(load_adapter(base, tmp_path)(x), model(x))
+    x = torch.randn(2, 4, 5, 5)[:, :, :, : 5 if isinstance(base, nn.Conv2d) else 4]
+    x = x[..., 0] if isinstance(base, nn.Conv1d) else x
+    assert torch.equal(load_adapter(nn.Sequential(base).eval(), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("method", [RandLoRA(r=2), PrefixTuning(num_virtual_tokens=2), PromptTuning()], ids=repr)
+def test_what_hf_peft_has_no_place_for_is_written_in_our_own_format(method: Any, tmp_path: Path) -> None:
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
+    save_adapter(inject(base, method), tmp_path)  # which nobody is warned of
+    assert "peft_type" not in json.loads((tmp_path / "adapter_config.json").read_text())
 
 
 # What follows holds HF PEFT to its own results, right or wrong: a test that fails here says that it was mended, and

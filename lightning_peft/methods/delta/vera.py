@@ -67,7 +67,9 @@ class SharedProductConv(SharedProduct, LowRankConv):
 @register("vera")
 @dataclass(frozen=True, kw_only=True)
 class VeRA(TargetedMethod):
-    """Two trained vectors for each layer around random matrices that are not even saved: they follow from ``seed``.
+    """Two trained vectors for each layer around random matrices that follow from ``seed``.
+
+    No checkpoint holds these matrices. The files of `save_adapter` do, for HF PEFT, which draws others from a seed.
 
     Args:
         r: rank of the shared matrices; it may exceed what a layer can use, and costs one number per layer each.

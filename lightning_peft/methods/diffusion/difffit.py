@@ -100,7 +100,7 @@ class DiffFit(SublayerMethod):
 
     def tables(self, model: nn.Module) -> list[Target]:
         """The embedding tables of classes, less those that are trained whole."""
-        whole = select_modules(model, self.modules_to_save, who="DiffFit")
+        whole = select_modules(model, self.modules_to_save, who="DiffFit", parameters=True)
         found = [t for t in candidates(model) if t.site.kind == "embedding" and matches(_CLASSES, t.name)]
         if self.class_tables is not None:
             kinds: tuple[Kind, ...] = ("embedding",)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.entries import Entries, EntriesConv
 from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, Training, register
 from lightning_peft.engine.limits import NonNegative, Patterns, Positive, Share
-from lightning_peft.engine.slots import in_codes, in_codes_because, whole
+from lightning_peft.engine.slots import CALL_IT, in_codes, in_codes_because, whole
 from lightning_peft.parts.magnitudes import below_smallest
 
 # of matrices that the penalty looks at: fewer rows, columns or entries have no rank to lower
@@ -72,9 +72,9 @@ class SaRA(TargetedMethod):
         found, before = super().targets(model), 0
         for target in found:
             weight = target.site.get(target.module)[0]
-            if weight.is_meta or in_codes(weight):
+            if weight.is_meta or in_codes(target.module, target.site):
                 empty = "it has no values yet to choose from. Load the weights first."
-                why = empty if weight.is_meta else in_codes_because(target.module, target.site)
+                why = empty if weight.is_meta else f"{in_codes_because(target.module, target.site)} {CALL_IT}"
                 raise TargetError(f"SaRA on {target.name!r}: {why}")
         while before != len(found):  # without weights that have none, theta is another
             before, places = len(found), self.chosen(found)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
-from lightning_peft.engine import Adapter, Kind, Target, Training, register
+from lightning_peft.engine import Adapter, Kind, Layer, Target, Training, register
 from lightning_peft.engine.limits import Count, NonNegative
-from lightning_peft.engine.slots import whole
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -68,9 +67,9 @@ class PEGO(LoRA):
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """Both overlaps, over all layers."""
-        found = [(a.site.get(module)[0], a) for _, module, a in training.adapters() if isinstance(a, LowRank)]
+        found = [(Layer(module, a.site).weight, a) for _, module, a in training.adapters() if isinstance(a, LowRank)]
         return {
-            "preserve": self.weight * torch.stack([self.overlap_with(whole(weight), a) for weight, a in found]).sum(),
+            "preserve": self.weight * torch.stack([self.overlap_with(weight, a) for weight, a in found]).sum(),
             "diversify": self.weight * torch.stack([self.overlap_within(a) for _, a in found]).sum(),
         }
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
-from lightning_peft.engine import Adapter, AdapterError, Kind, Target, TargetError, check_range, register
+from lightning_peft.engine import Adapter, AdapterError, Kind, Target, check_range, register
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.nf4 import NF4Tensor
 
@@ -81,8 +81,6 @@ class QLoRA(LoRA):
                     "Ask for the same, or use LoRA."
                 )
             return weight
-        if not weight.is_floating_point():
-            raise TargetError(f"{who}: {name!r} is in {weight.dtype} codes of another library already. Use LoRA.")
         if weight.is_meta:
             raise AdapterError(f"{who}: {name!r} has no values to quantise yet (meta device). Load them first.")
         try:

@@ -53,7 +53,7 @@ class Telly(Method):
         n = max(0, len(blocks) - 2) if self.n_frozen is None else self.n_frozen
         check_range("Telly", "n_frozen", n, 0 <= n < len(blocks), f"from 0 to {len(blocks) - 1}, blocks there are")
         names = select_parameters(model, "all-layers", who="Telly")
-        first = next(i for i, name in enumerate(names) if is_below(name, blocks[0]))
+        first = next((i for i, name in enumerate(names) if is_below(name, blocks[0])), len(names))
         frozen = {*names[:first], *(name for name in names for block in blocks[:n] if is_below(name, block))}
         held = {id(model.get_parameter(name)) for name in frozen}  # a head that is tied to an embedding is frozen too
         return [name for name in names if id(model.get_parameter(name)) not in held]
