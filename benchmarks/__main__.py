@@ -14,6 +14,7 @@ from benchmarks import (
     import_time,
     injection_time,
     lines_per_method,
+    many_adapters,
     packing,
     sampling_memory,
     spectral_start,
@@ -34,9 +35,10 @@ def main() -> None:
         sampling_memory,
         ddp_step,
         packing,
+        many_adapters,
         lines_per_method,
     )
-    rows: list[Row] = [row for benchmark in (*small, *large, lines_per_method) for row in benchmark.run()]
+    rows: list[Row] = [row for benchmark in (*small, *large) for row in benchmark.run()]
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):
         table.add_column(column, justify="left" if column == "What" else "right")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank, dense, truncated
-from lightning_peft.engine import Adapter, AdapterError, adapters_of, check_range, inject, set_active
+from lightning_peft.engine import Adapter, AdapterError, adapter_state, adapters_of, check_range, inject, set_active
 from lightning_peft.engine.inject import Record, check_known, check_not_routed, check_restorable, record_of
+from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import base_modules, plain_name
-from lightning_peft.engine.targets import is_below
-from lightning_peft.interop.hf_peft import own_values
+from lightning_peft.engine.targets import candidates, is_below
 from lightning_peft.methods import LoRA
 
 Terms = list[tuple[float, LowRank]]  # weight and adapter
@@ -57,6 +57,8 @@ def combine(
     """
     record = record_of(model)
     _check(record, weights, name, r, ties)
+    for term in weights:
+        check_finite(adapter_state(model, term), AdapterError)
     layers: dict[str, Terms] = {}
     for term, weight in weights.items():
         for path, _, adapter in adapters_of(model, term):
@@ -91,8 +93,6 @@ def combine(
 
 def _check(record: Record, weights: Mapping[str, float], name: str, r: int | None, ties: float | None) -> None:
     check_not_routed(record)
-    if record.merged is not None:
-        raise AdapterError("the adapters are merged into the base. unmerge(model) before combining them.")
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(
             f"combine: expected adapter names with weights, such as {{'a': 0.7, 'b': 0.3}}, got {weights!r}."
@@ -115,7 +115,7 @@ def _check(record: Record, weights: Mapping[str, float], name: str, r: int | Non
 
 def _layer(path: str, adapter: Adapter) -> str:
     """The name that selects the weight."""
-    return path if adapter.site.weight == "weight" else f"{path}.{adapter.site.weight}".lstrip(".")
+    return path if adapter.site.weight in ("weight", "") else f"{path}.{adapter.site.weight}".lstrip(".")
 
 
 def _low_rank(adapter: Adapter, path: str, term: str) -> LowRank:
@@ -161,24 +161,36 @@ def _ties(terms: Terms, density: float) -> tuple[Tensor, Tensor]:
 
 
 def _method(ranks: Mapping[str, int], whole: list[str], model: nn.Module) -> LoRA:
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    modules = [plain_name(path) for path, _ in base_modules(model)]
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    own: dict[str, int] = {}
+    for r in set(ranks.values()) - {usual}:
+        own |= dict.fromkeys(_patterns([layer for layer in ranks if ranks[layer] == r], ranks), r)
+    modules = {plain_name(path) for path, _ in base_modules(model)}
     return LoRA(
-        r=r,
+        r=usual,
         alpha=None,
-        target_modules=_patterns(ranks, modules),
-        rank_pattern=own_values(ranks, r),
+        target_modules=_patterns(ranks, modules | {target.name for target in candidates(model)}),
+        rank_pattern=own,
         modules_to_save=_patterns(whole, modules),
     )
 
 
-def _patterns(names: Collection[str], everything: list[str]) -> tuple[str, ...]:
-    """The last parts of ``names`` where they select nothing else, else each in full."""
-    last = {name.rpartition(".")[2] for name in names}
-    if {name for name in everything if name.rpartition(".")[2] in last} == set(names):
-        return tuple(sorted(last))
-    ambiguous = {name for name in names if any(other.endswith(f".{name}") for other in everything)}
-    return tuple(f"^{re.escape(name)}" if name in ambiguous else name for name in names)
+def _patterns(names: Collection[str], everything: Collection[str]) -> tuple[str, ...]:
+    """What selects ``names`` and nothing else of ``everything``: of each as few last parts as that takes.
+
+    So it does the same where the model is inside of another, or is what was inside.
+    """
+    ending: dict[str, set[str]] = {}
+    for name in everything:
+        for tail in _tails(name):
+            ending.setdefault(tail, set()).add(name)
+    chosen = [next((t for t in _tails(n) if ending[t] <= set(names)), f"^{re.escape(n)}") for n in names]
+    return tuple(dict.fromkeys(chosen))
+
+
+def _tails(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
 def _add_changes(parameter: Tensor, key: str, record: Record, weights: Mapping[str, float]) -> None:

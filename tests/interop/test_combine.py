@@ -206,6 +206,40 @@ def test_it_is_saved_and_loaded_as_any_other(case: str, ids: Tensor, tmp_path: P
     torch.testing.assert_close(load_adapter(net(), folder, "again")(ids), model(ids), **close)
 
 
+def test_names_are_as_short_as_they_select_the_same() -> None:
+    model = adapted(net(), **CASES["on other layers"])
+    combine(model, {"a": 1, "b": 1}, "mixed")
+    method = record_of(model).injections["mixed"].method
+    assert method == LoRA(r=3, alpha=None, target_modules=("q_proj", "conv"), rank_pattern={"^q_proj": 5})
+    model = adapted(net(), **CASES["on one of a last name"])
+    combine(model, {"a": 1, "b": 1}, "mixed")
+    assert record_of(model).injections["mixed"].method == LoRA(r=3, alpha=None, target_modules=("block.q_proj",))
+
+
+class Wrapped(nn.Module):
+    """As a LightningModule is."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def training_step(self) -> None: ...
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inside(ids)
+
+
+@pytest.mark.filterwarnings("ignore:.* is written in our own format")
+@pytest.mark.parametrize("case", ["everywhere", "on one of a last name", "heads"])
+@torch.no_grad()
+def test_its_file_fits_the_model_inside_of_another(case: str, ids: Tensor, tmp_path: Path) -> None:
+    model = adapted(Wrapped(net()), **CASES[case])
+    combine(model, {"a": 1, "b": -1}, "mixed")
+    set_active(model, "mixed")
+    folder = save_adapter(model, tmp_path, "mixed")
+    torch.testing.assert_close(load_adapter(net(), folder)(ids), model(ids), **close)
+
+
 @torch.no_grad()
 def test_it_can_be_a_term_again_and_is_routed(ids: Tensor) -> None:
     model = adapted(net(), a=LoRA(r=2, target_modules="q_proj"), b=LoRA(r=1, target_modules="q_proj"))
@@ -362,3 +396,7 @@ def test_a_base_that_is_gone_or_merged_is_refused() -> None:
         combine(merge(adapted(net(), a=LoRA(r=1))), {"a": 1}, "mixed")
     with pytest.raises(AdapterError, match="has no adapters"):
         combine(net(), {"a": 1}, "mixed")
+    model = adapted(net(), a=LoRA(r=1))
+    nn.init.constant_(adapters_of(model, "a")[0][2].lora_B, torch.inf)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="holds NaN or infinite values"):
+        combine(model, {"a": 1}, "mixed")
