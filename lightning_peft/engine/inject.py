@@ -401,7 +401,7 @@ def _freeze(model: nn.Module, record: Record) -> None:
     for name, buffer in slots.base_buffers(model).items():
         if name not in record.buffers:
             record.buffers[name] = buffer.detach().clone()
-    for path, module in model.named_modules():
+    for path, module in slots.base_modules(model):
         if linear_size(module) is not None:
             # bitsandbytes packs codes otherwise for evaluation on a CPU, which lets no gradient pass; until they are
             # saved. So what tells one base from another is taken then, and remembered
