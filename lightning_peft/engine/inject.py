@@ -415,7 +415,7 @@ def _freeze(model: nn.Module, record: Record) -> None:
     for name, buffer in slots.base_buffers(model).items():
         if name not in record.buffers:
             record.buffers[name] = buffer.detach().clone()
-    for path, module in model.named_modules():
+    for path, module in slots.base_modules(model):
         if linear_size(module) is not None:
             # in the form in which they are saved (`Slot.train`), which tells one base from another
             module.state_dict()

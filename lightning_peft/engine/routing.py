@@ -1,7 +1,7 @@
 """Routing: many adapters in one batch, each sample answered with one of its own.
 
 While it lasts, each slot holds one `_Route` in the place of its adapters, which gives each its part of the batch. Where
-all of them are of one kind that knows a way for many (`Adapter.together`), the layer below runs once for all samples.
+all of them share a way for many (`Adapter.together`), the layer below runs once for all samples.
 """
 
 from collections.abc import Iterator, Sequence

@@ -133,7 +133,8 @@ def fingerprint(
         trained = {slots.plain_name(key) for key in found}
     before = base_values(model)
     structure, values, count, real = hashlib.sha256(), hashlib.sha256(), 0, True
-    sizes = {id(p): linear_size(m) for m in model.modules() if linear_size(m) for p in m.parameters(recurse=False)}
+    modules = [(module, size) for _, module in slots.base_modules(model) if (size := linear_size(module))]
+    sizes = {id(p): size for module, size in modules for p in module.parameters(recurse=False)}
     base = {slots.plain_name(name): (name, p) for name, p in slots.base_parameters(model).items()}
     for plain, (name, parameter) in sorted((plain, named) for plain, named in base.items() if plain.startswith(prefix)):
         shape = sizes.get(id(parameter)) or tuple(parameter.shape)  # codes may change theirs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank, dense, truncated
 from lightning_peft.engine import Adapter, AdapterError, adapter_state, adapters_of, check_range, inject, set_active
-from lightning_peft.engine.inject import Record, check_known, check_not_routed, check_restorable, record_of
+from lightning_peft.engine.inject import Record, check_known, check_restorable, record_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import base_modules, plain_name
 from lightning_peft.engine.targets import candidates, is_below
@@ -92,7 +92,6 @@ def combine(
 
 
 def _check(record: Record, weights: Mapping[str, float], name: str, r: int | None, ties: float | None) -> None:
-    check_not_routed(record)
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError(
             f"combine: expected adapter names with weights, such as {{'a': 0.7, 'b': 0.3}}, got {weights!r}."
@@ -122,8 +121,8 @@ def _low_rank(adapter: Adapter, path: str, term: str) -> LowRank:
     if not isinstance(adapter, LowRank) or type(adapter).merged is not LowRank.merged:
         raise AdapterError(
             f"combine: {term!r} has a {type(adapter).__name__} on {path!r}, which is no low-rank product. Leave it "
-            "out, or let it act beside the others with set_active. What is a change of weights can be written as LoRA "
-            "of some rank (save_adapter with as_lora), and that loaded and combined."
+            "out, or let it act beside the others with set_active. What is a change of weights can become LoRA: "
+            f"save_adapter(model, folder, {term!r}, as_lora=16), load that under another name and combine it."
         )
     return adapter
 

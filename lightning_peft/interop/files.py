@@ -234,9 +234,9 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         replaces = method.changes_base and not was_there
         kept = [
             (m, n, p, p.requires_grad)
-            for m in target.modules()
+            for m in (target.modules() if replaces else ())
             for n, p in m._parameters.items()
-            if replaces and p is not None
+            if p is not None
         ]
         inject(target, method, name)
     try:

@@ -241,6 +241,18 @@ def test_its_file_fits_the_model_inside_of_another(case: str, ids: Tensor, tmp_p
 
 
 @torch.no_grad()
+def test_another_change_of_weights_is_combined_as_lora(ids: Tensor, tmp_path: Path) -> None:
+    model = adapted(net(), a=LoRA(r=1, target_modules="q_proj"), dora=DoRA(r=1, target_modules="block.q_proj"))
+    weight = net().block["q_proj"].weight
+    dora = model.block["q_proj"].adapters["dora"].merged(weight, None)[0] - weight
+    expected = summed(net(), [(2, changes(model, "a")), (-1, {"block.q_proj.weight": dora})])(ids)
+    load_adapter(model, save_adapter(model, tmp_path, "dora", as_lora=4), "dora as lora")
+    combine(model, {"a": 2, "dora as lora": -1}, "mixed")
+    set_active(model, "mixed")
+    torch.testing.assert_close(model(ids), expected, **close)
+
+
+@torch.no_grad()
 def test_it_can_be_a_term_again_and_is_routed(ids: Tensor) -> None:
     model = adapted(net(), a=LoRA(r=2, target_modules="q_proj"), b=LoRA(r=1, target_modules="q_proj"))
     combine(model, {"a": 2, "b": -1}, "mixed")
