@@ -166,6 +166,8 @@ def test_ranks_add_up_to_what_a_layer_can_use() -> None:
     combine(model, {"a": 1, "b": 1, "c": 1}, "mixed")
     ranks = {path: len(adapter.lora_A) for path, _, adapter in adapters_of(model, "mixed")}
     assert ranks == {"attn": 5, "attn.out_proj": 5, "q_proj": 5, "block.q_proj": 4}  # 3 + 1 + 2 in q_proj (5 x 8)
+    terms = [model.attn.out_proj.adapters[name].lora_A for name in "ac"]
+    assert torch.equal(model.attn.out_proj.adapters["mixed"].lora_A, torch.cat(terms))  # bit for bit
 
 
 @torch.no_grad()
