@@ -317,8 +317,8 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
         here = [dataclasses.replace(site, read=False) for site in sites(module)]
         site = here[0] if len(here) == 1 else Site("module", "", None)
         targets.append(BridgedTarget(plain_name(path + name), module, site, path + name, layer, twin, holders, tuned))
-    held = {p for target in targets for p in target.layer.parameters()}
-    outside = [name for name, p in tuned.named_parameters() if p.requires_grad and p not in held | before.keys()]
+    held = {*before, *(p for target in targets for p in target.layer.parameters())}
+    outside = [name for name, p in tuned.named_parameters() if p.requires_grad and p not in held]
     if outside:
         raise TargetError(f"HFPEFT: {settings['peft_type']} trains {outside[0]!r}, which none of its layers holds.")
     return _Bridged(targets, [path + name for name in in_place])
@@ -381,13 +381,12 @@ def _shadow(module: nn.Module, path: str, twins: dict[str, nn.Module], made: dic
 
 def _twin(module: nn.Module) -> nn.Module:
     """A module of the same class with the same parameters, buffers and children, without hooks and adapters."""
-    twin = object.__new__(base_class(module))
-    twin.__dict__.update({key: value for key, value in module.__dict__.items() if key not in slots.STATE})
-    twin.__dict__.pop("_peft", None)
+    is_loop = hasattr(module, "training_step")  # which holds a Trainer, that nobody is to copy
+    twin = nn.Module() if is_loop else object.__new__(base_class(module))
+    kept = ("_parameters", "_buffers", "training") if is_loop else module.__dict__.keys() - {*slots.STATE, "_peft"}
+    twin.__dict__.update({key: module.__dict__[key] for key in kept})
     twin._modules = {name: child for name, child in module._modules.items() if not isinstance(child, slots.Adapters)}
-    for name, value in module.__dict__.items():
-        if name.endswith("_hooks"):
-            twin.__dict__[name] = type(value)()
+    twin.__dict__.update({name: type(hooks)() for name, hooks in twin.__dict__.items() if name.endswith("_hooks")})
     return twin
 
 

@@ -321,3 +321,24 @@ def test_a_config_runs_in_the_callback_and_resumes(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(mixed(), str(tmp_path / "through" / "adapter")).eval()
     torch.testing.assert_close(theirs(ids), through.net.eval()(ids), rtol=2e-5, atol=2e-5)
     assert not torch.allclose(theirs(ids), mixed()(ids), atol=1e-3)
+
+
+class Two(L.LightningModule):
+    """Two networks in one LightningModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), mixed()
+
+    def training_step(self, batch: Any, _: int) -> None: ...
+
+
+def test_of_a_lightning_module_no_trainer_is_copied() -> None:
+    module = Two()
+    module._trainer = L.Trainer(logger=False, accelerator="cpu")  # type: ignore[assignment]
+    inject(module, HFPEFT(config={"peft_type": "LORA", "r": 2, "target_modules": ["first", "q_proj"]}))
+    copied = copy.deepcopy(module)
+    assert copied._trainer is None
+    assert [path for path, _, _ in adapters_of(copied)] == ["first", "second.q_proj"]
+    shadows = adapters_of(copied)[0][2].__dict__["tuned"].modules()
+    assert not [part for part in shadows if "_trainer" in part.__dict__]
