@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import DoRA, LoRA, inject, merge, set_active, unload
 from lightning_peft.engine import Adapter, adapters_of
+from lightning_peft.engine.slots import base_buffers, base_modules, base_parameters
 from tests.engine.by_hand import assert_same, lora
 from tests.methods.backbones import assert_unchanged, moved, snapshot
 
@@ -418,3 +419,32 @@ def test_training_mode_reaches_the_dropout_of_an_adapter() -> None:
     x = torch.randn(2, 50)
     assert torch.equal(model.eval()(x), model(x))
     assert not torch.equal(model.train()(x), model(x))
+
+
+class Shares(nn.Module):
+    """A module and a parameter under two names each, a missing module, and buffers of which one is never saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.one = nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.block = nn.ModuleDict({"again": self.one, "norm": nn.BatchNorm1d(4)})
+        self.head, self.none = nn.Linear(4, 5), None
+        self.head.weight = self.embed.weight
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+        self.register_buffer("counted", self.block["norm"].running_mean)
+
+
+@pytest.mark.parametrize("build", [Shares, lambda: nn.Linear(4, 4), lambda: nn.MultiheadAttention(4, 2)])
+def test_what_is_of_the_base_is_what_was_there_before(build: Any) -> None:
+    model = build()
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    for name in ("first", "second"):
+        inject(model, LoRA(r=1), name)
+    for found, before in (
+        (dict(base_modules(model)), modules),
+        (base_parameters(model), parameters),
+        (base_buffers(model), buffers),
+    ):
+        assert list(found) == list(before)  # type: ignore[call-overload]
+        assert all(one is other for one, other in zip(found.values(), before.values(), strict=True))
