@@ -3,8 +3,9 @@
 The nearest in the Frobenius norm is the change without its smallest singular values (Eckart and Young, 1936).
 """
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -14,10 +15,9 @@ from tqdm import tqdm
 
 from lightning_peft.adapters.low_rank import LowRank, dense, truncated
 from lightning_peft.engine import Adapter, AdapterFileError, Site, Target
-from lightning_peft.engine.slots import in_codes, in_codes_because, plain_name
+from lightning_peft.engine.slots import base_modules, base_parameters, in_codes, in_codes_because, plain_name
 from lightning_peft.engine.state import METHOD_STATE
 from lightning_peft.engine.targets import candidates
-from lightning_peft.interop.hf_peft import own_values
 from lightning_peft.methods import LoRA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -103,11 +103,7 @@ def as_lora(
     if not plain:
         raise AdapterFileError(_NOTHING)
     whole = _whole_modules(parameters, new, {path for path, *_ in places}, base)
-    most = Counter(ranks.values()).most_common(1)[0][0]
-    method = LoRA(
-        r=most, alpha=None, target_modules=tuple(ranks), rank_pattern=own_values(ranks, most), modules_to_save=whole
-    )
-    return PlainLoRA(method, plain, new, worst)
+    return PlainLoRA(lora_of(ranks, whole, model), plain, new, worst)
 
 
 _NOTHING = (
@@ -218,3 +214,37 @@ def _whole_modules(
                 "cannot be saved as LoRA. Save the adapter as it is, or save the weights of the model."
             )
     return tuple(sorted(set(modules.values())))
+
+
+def lora_of(ranks: Mapping[str, int], whole: Collection[str], model: nn.Module) -> LoRA:
+    """LoRA on the layers of ``model`` named in ``ranks``, with the scaling in its factors, and ``whole`` beside it."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    own: dict[str, int] = {}
+    for r in set(ranks.values()) - {usual}:
+        own |= dict.fromkeys(_patterns([layer for layer in ranks if ranks[layer] == r], ranks), r)
+    modules = {plain_name(path) for path, _ in base_modules(model)}
+    return LoRA(
+        r=usual,
+        alpha=None,
+        target_modules=_patterns(ranks, modules | {target.name for target in candidates(model)}),
+        rank_pattern=own,
+        modules_to_save=_patterns(whole, modules | {plain_name(name) for name in base_parameters(model)}),
+    )
+
+
+def _patterns(names: Collection[str], everything: Collection[str]) -> tuple[str, ...]:
+    """What selects ``names`` and nothing else of ``everything``: of each as few last parts as that takes.
+
+    So it does the same where the model is inside of another, or is what was inside.
+    """
+    ending: dict[str, set[str]] = {}
+    for name in everything:
+        for tail in _tails(name):
+            ending.setdefault(tail, set()).add(name)
+    chosen = [next((t for t in _tails(n) if ending[t] <= set(names)), f"^{re.escape(n)}") for n in names]
+    return tuple(dict.fromkeys(chosen))
+
+
+def _tails(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]

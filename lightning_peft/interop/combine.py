@@ -4,8 +4,6 @@ TIES: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 
 """
 
 import math
-import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
@@ -15,9 +13,9 @@ from lightning_peft.adapters.low_rank import LowRank, dense, truncated
 from lightning_peft.engine import Adapter, AdapterError, adapter_state, adapters_of, check_range, inject, set_active
 from lightning_peft.engine.inject import Record, check_known, check_restorable, record_of
 from lightning_peft.engine.merge import check_finite
-from lightning_peft.engine.slots import base_modules, plain_name
-from lightning_peft.engine.targets import candidates, is_below
-from lightning_peft.methods import LoRA
+from lightning_peft.engine.slots import plain_name
+from lightning_peft.engine.targets import is_below
+from lightning_peft.interop.as_lora import lora_of
 
 Terms = list[tuple[float, LowRank]]  # weight and adapter
 
@@ -76,7 +74,7 @@ def combine(
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     set_active(model, ())  # so that what is trained in place has its base value
     try:
-        inject(model, _method({layer: len(down) for layer, (down, _) in factors.items()}, whole, model), name)
+        inject(model, lora_of({layer: len(down) for layer, (down, _) in factors.items()}, whole, model), name)
         for path, _, adapter in adapters_of(model, name):
             down, up = factors[_layer(path, adapter)]
             adapter.lora_A.copy_(down)  # type: ignore[operator]
@@ -157,39 +155,6 @@ def _ties(terms: Terms, density: float) -> tuple[Tensor, Tensor]:
     weights = kept.new_tensor([weight for weight, _ in terms]).view(each)
     change = (weights * kept * agree).sum(0) / agree.sum(0).clamp(min=1)
     return change, torch.eye(len(change), dtype=change.dtype, device=change.device)
-
-
-def _method(ranks: Mapping[str, int], whole: list[str], model: nn.Module) -> LoRA:
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    own: dict[str, int] = {}
-    for r in set(ranks.values()) - {usual}:
-        own |= dict.fromkeys(_patterns([layer for layer in ranks if ranks[layer] == r], ranks), r)
-    modules = {plain_name(path) for path, _ in base_modules(model)}
-    return LoRA(
-        r=usual,
-        alpha=None,
-        target_modules=_patterns(ranks, modules | {target.name for target in candidates(model)}),
-        rank_pattern=own,
-        modules_to_save=_patterns(whole, modules),
-    )
-
-
-def _patterns(names: Collection[str], everything: Collection[str]) -> tuple[str, ...]:
-    """What selects ``names`` and nothing else of ``everything``: of each as few last parts as that takes.
-
-    So it does the same where the model is inside of another, or is what was inside.
-    """
-    ending: dict[str, set[str]] = {}
-    for name in everything:
-        for tail in _tails(name):
-            ending.setdefault(tail, set()).add(name)
-    chosen = [next((t for t in _tails(n) if ending[t] <= set(names)), f"^{re.escape(n)}") for n in names]
-    return tuple(dict.fromkeys(chosen))
-
-
-def _tails(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
 def _add_changes(parameter: Tensor, key: str, record: Record, weights: Mapping[str, float]) -> None:

@@ -152,7 +152,9 @@ class Row:
     def check_layer(self, path: str, module: nn.Module, adapter: Adapter) -> None:
         """Raise an `AdapterFileError` if HF PEFT cannot adapt this layer, or computes something else there."""
         transposed = adapter.site.kind == "linear" and adapter.site.transposed
-        if not (isinstance(module, self.layers) or transposed) or (transposed and not self.transposed):
+        in_codes = adapter.site.kind == "linear" and not adapter.site.weight  # of another library, which it knows
+        known = isinstance(module, self.layers) or transposed or in_codes
+        if not known or (transposed and not self.transposed):
             raise AdapterFileError(f"HF PEFT does not adapt a {base_class(module).__name__} ({path}) in this way.")
         if getattr(module, "padding_mode", "zeros") != "zeros":
             raise AdapterFileError(f"HF PEFT computes something else for {path}, which is not padded with zeros.")

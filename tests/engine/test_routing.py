@@ -27,6 +27,7 @@ from lightning_peft import (
 )
 from lightning_peft.adapters.low_rank import LowRank, _by_segments
 from lightning_peft.engine import Method, adapters_of
+from lightning_peft.engine.slots import Samples
 from tests.methods.backbones import backbone, moved
 
 NONE: tuple[str, ...] = ()
@@ -469,3 +470,40 @@ def test_a_compiled_model_is_routed_too() -> None:
         torch.testing.assert_close(compiled(x), model(x), **close)
         assert not torch.allclose(compiled(x), before)
     assert torch.equal(compiled(x), before)
+
+
+def test_samples_say_which_adapter_each_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator is told, of two layers with other adapters."""
+    model = adapted(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), a=LoRA(r=1), b=LoRA(r=1, target_modules="0"))
+    seen = []
+
+    def together(cls: Any, adapters: Any, x: Tensor, layer: Any, samples: Samples) -> None:
+        seen.append((adapters, samples.index.tolist(), samples.lengths))
+
+    monkeypatch.setattr(LowRank, "together", classmethod(together))
+    a, b = ([adapter for _, _, adapter in adapters_of(model, name)] for name in "ab")
+    x = torch.randn(6, 4, dtype=torch.float64)
+    with routed(model, ["a", "b"]):
+        model(x)
+    with routed(model, ["none", "b", "a"]):
+        model(x)
+    assert seen == [
+        ([a[0], b[0]], [0, 0, 0, 1, 1, 1], [3, 3]),
+        ([a[1]], [0, 0, 0, -1, -1, -1], [3, 3]),
+        ([b[0], a[0]], [-1, -1, 0, 0, 1, 1], [2, 2, 2]),
+        ([a[1]], [-1, -1, -1, -1, 0, 0], [2, 4]),
+    ]
+
+
+def test_adapters_that_share_no_way_for_many_run_by_themselves() -> None:
+    class Alone(LowRank):
+        @classmethod
+        def together(cls, *others: Any) -> Any:
+            raise RuntimeError("asked for others than its own")
+
+    model = adapted(nn.Sequential(nn.Linear(4, 4)), a=LoRA(r=1), b=LoRA(r=2))
+    model[0].adapters["b"].__class__ = Alone
+    x = torch.randn(2, 4, dtype=torch.float64)
+    expected = one_by_one(model, ["b", "a"], x)
+    with routed(model, ["b", "a"]):
+        torch.testing.assert_close(model(x), expected, **close)

@@ -1,5 +1,6 @@
 """Changes of weights as plain LoRA, the same or the nearest of a rank: here, and in HF PEFT."""
 
+import copy
 import re
 import warnings
 from pathlib import Path
@@ -287,3 +288,12 @@ def test_large_weights_are_decomposed_near_enough(tmp_path: Path, monkeypatch: p
     assert said == pytest.approx(float((change - written).norm() / change.norm()), rel=1e-9)
     least = float(values[4:].norm() / values.norm())
     assert least * (1 - 1e-9) <= said < 1.01 * least
+
+
+def test_a_name_that_ends_another_selects_itself_alone(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "block": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+    model = moved(inject(copy.deepcopy(base), PiSSA(r=1, target_modules="^q_proj")))
+    loaded = load_adapter(base, save_adapter(model, tmp_path, as_lora=True))
+    assert [path for path, _, _ in adapters_of(loaded)] == ["q_proj"]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(loaded["q_proj"](x), model["q_proj"](x))
