@@ -150,6 +150,11 @@ class HFPEFTAdapter(Adapter):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         shadow, keyword = self.__dict__["shadow"], layer.keyword
+        if hasattr(self.layer, "parameter_name"):  # it exchanges a parameter of the shadow while that runs
+            if not layer.is_base:
+                raise AdapterError("HFPEFT: target_parameters act on a bare module, and here another adapter is below.")
+            shadow.__dict__["_parameters"] = dict(layer.module._parameters)
+            return self.layer(x, **layer.arguments())
 
         def below(*args: Any, **kwargs: Any) -> Any:
             if not args and keyword is not None:

@@ -206,6 +206,36 @@ def test_layers_of_every_kind(config: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(merge(model)(ids), expected, rtol=1e-5, atol=1e-5)
 
 
+class Experts(nn.Module):
+    """A parameter of three axes, as mixtures of experts have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(0.3 * torch.randn(2, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->bo", x, self.weights)
+
+
+def experts() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), Experts(), nn.Linear(8, 3)).eval()
+
+
+def test_parameters_that_no_layer_has_are_adapted(tmp_path: Path) -> None:
+    x = torch.randn(5, 4)
+    config = peft.LoraConfig(r=2, target_modules=["2"], target_parameters=["1.weights"])
+    model = moved(inject(experts(), HFPEFT(config=config)))
+    save_adapter(model, tmp_path)
+    expected = model(x)
+    assert not torch.allclose(expected, experts()(x), atol=1e-3)
+    torch.testing.assert_close(PeftModel.from_pretrained(experts(), str(tmp_path)).eval()(x), expected)
+    assert torch.equal(load_adapter(experts(), tmp_path)(x), expected)
+    expected.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trainable(model).values())
+    assert_unchanged(unload(model), snapshot(experts()))
+
+
 def test_it_lies_above_an_adapter_of_ours() -> None:
     ids = torch.tensor([[1, 4, 9, 0, 2]])
     lower = moved(inject(mixed(), LoRA(r=2, target_modules="q_proj")))
