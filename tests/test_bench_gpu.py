@@ -41,9 +41,11 @@ def test_every_peer_of_a_point_computes_what_is_right(made: kernels.Makers, poin
         assert all(seconds > 0 for seconds in line["forward"] + line["both"]), about
         assert (line["both_floor"] or line["forward_floor"]) > 0, about
         assert line["grad_norm"] is None or line["grad_norm"] > 0, about
-        # float32 beside float64; of a whole model, whose norms are in float32 in both
+        # float32 beside float64; of a whole model, whose norms are in float32 in both. Unpacked alone, bitsandbytes
+        # answers in bfloat16
+        rounded = line["peer"] == "bitsandbytes" and "unpacked" in line["case"]
         for error in (line["output_error"], line["grad_error"]):
-            assert error is None or error < 2e-5, about
+            assert error is None or error < (2**-8 if rounded else 2e-5), about
 
 
 def wrong_shape(machine: Machine) -> Case:
