@@ -372,3 +372,14 @@ def test_of_a_lightning_module_no_trainer_is_copied() -> None:
     assert [path for path, _, _ in adapters_of(copied)] == ["first", "second.q_proj"]
     shadows = adapters_of(copied)[0][2].__dict__["tuned"].modules()
     assert not [part for part in shadows if "_trainer" in part.__dict__]
+
+
+def test_what_hf_peft_freezes_stays_frozen() -> None:
+    mica = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": "mica"}
+    model = inject(mixed(), HFPEFT(config=mica))
+    before = trainable(model).keys()
+    assert [name for name in before if "lora_B" in name] == []
+    set_trainable(model, ())
+    assert not trainable(model)
+    set_trainable(model, "default")
+    assert trainable(model).keys() == before
