@@ -51,6 +51,11 @@ class LowRank(Adapter):
         y = layer(x)
         return y + _cast(self.product(x, layer), y.dtype)
 
+    @property
+    def adds_product(self) -> bool:
+        """Whether the change of the weight is the product of the factors, and nothing else."""
+        return type(self).merged is LowRank.merged
+
     @classmethod
     def together(cls, adapters: Sequence[Any], x: Tensor, layer: Layer, samples: Samples) -> Tensor | None:
         """The layer below runs once for all; each product sees the samples of its own."""

@@ -53,6 +53,14 @@ class Site:
         """The key of adapter ``name`` below ``adapters``; a module with several weights has one key for each."""
         return name if self.weight in ("weight", "") else f"{name}:{self.weight}"
 
+    def prefix(self, path: str) -> str:
+        """What the keys of a saved adapter begin with that sits here on the module ``path``."""
+        return f"{path}.{self.key('adapters')}.".lstrip(".")
+
+    def name(self, path: str) -> str:
+        """The name that selects the weight, in the module ``path``."""
+        return path if self.weight in ("weight", "") else f"{path}.{self.weight}".lstrip(".")
+
     def get(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The raw weight (d_out, d_in, ...) and bias of ``module``, output axis first whatever the storage.
 

@@ -48,7 +48,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 def _prefixed(model: nn.Module, name: str) -> list[tuple[str, Adapter]]:
     """What the keys of each adapter begin with, and the adapter."""
-    return [(f"{path}.{a.site.key('adapters')}.".lstrip("."), a) for path, _, a in adapters_of(model, name)]
+    return [(a.site.prefix(path), a) for path, _, a in adapters_of(model, name)]
 
 
 def ranks_in(adapters: Iterable[tuple[str, Adapter]], tensors: Mapping[str, Tensor]) -> list[tuple[str, Adapter, int]]:

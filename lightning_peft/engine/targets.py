@@ -96,8 +96,7 @@ def candidates(model: nn.Module) -> list[Target]:
     found = []
     for name, module in base_modules(model):
         for site in sites(module):
-            full = name if site.weight in ("weight", "") else f"{name}.{site.weight}".lstrip(".")
-            found.append(Target(plain_name(full), module, site, name))
+            found.append(Target(plain_name(site.name(name)), module, site, name))
     return found
 
 

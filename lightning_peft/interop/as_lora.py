@@ -64,7 +64,7 @@ def as_lora(
     """
     base = base or {}
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
-    inside = tuple(_prefix(path, adapter.site) for path, _, adapter in found)
+    inside = tuple(adapter.site.prefix(path) for path, _, adapter in found)
     new = {key: v for key, v in state.items() if not key.startswith((METHOD_STATE, *inside))}
     trained = {id(parameters[key]): value for key, value in new.items() if key in parameters}
     places: list[Place] = [(path, module, adapter.site, adapter) for path, module, adapter in found]
@@ -97,8 +97,8 @@ def as_lora(
         lora.lora_A.copy_(F.pad(down, (*[0] * 2 * (down.dim() - 1), 0, more)))  # type: ignore[operator]
         lora.lora_B.copy_(F.pad(up, (0, more)))  # type: ignore[operator]
         plain.append((path, module, lora))
-        ranks[path if site.weight == "weight" else f"{path}.{site.weight}".lstrip(".")] = rank
-        new |= {_prefix(path, site) + key: value.detach() for key, value in lora.state_dict().items()}
+        ranks[site.name(path)] = rank
+        new |= {site.prefix(path) + key: value.detach() for key, value in lora.state_dict().items()}
         worst = max(worst, (path, float(error)), key=lambda pair: pair[1])
     if not plain:
         raise AdapterFileError(_NOTHING)
@@ -113,13 +113,8 @@ _NOTHING = (
 )
 
 
-def _prefix(path: str, site: Site) -> str:
-    """What the keys of an adapter begin with."""
-    return f"{path}.{site.key('adapters')}.".lstrip(".")
-
-
 def _is_low_rank(adapter: Adapter | None) -> TypeGuard[LowRank]:
-    return isinstance(adapter, LowRank) and type(adapter).merged is LowRank.merged
+    return isinstance(adapter, LowRank) and adapter.adds_product
 
 
 def _base_value(path: str, module: nn.Module, name: str, base: Base) -> Tensor:

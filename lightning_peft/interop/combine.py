@@ -60,7 +60,7 @@ def combine(
     layers: dict[str, Terms] = {}
     for term, weight in weights.items():
         for path, _, adapter in adapters_of(model, term):
-            layers.setdefault(_layer(path, adapter), []).append((weight, _low_rank(adapter, path, term)))
+            layers.setdefault(adapter.site.name(path), []).append((weight, _low_rank(adapter, path, term)))
     trained = list(dict.fromkeys(key for term in weights for key in record.injections[term].in_place))
     whole = list(dict.fromkeys(plain_name(key).rpartition(".")[0] for key in trained))
     _check_apart(layers, whole)
@@ -76,7 +76,7 @@ def combine(
     try:
         inject(model, lora_of({layer: len(down) for layer, (down, _) in factors.items()}, whole, model), name)
         for path, _, adapter in adapters_of(model, name):
-            down, up = factors[_layer(path, adapter)]
+            down, up = factors[adapter.site.name(path)]
             adapter.lora_A.copy_(down)  # type: ignore[operator]
             adapter.lora_B.copy_(up)  # type: ignore[operator]
             adapter.requires_grad_(False)
@@ -110,13 +110,8 @@ def _check(record: Record, weights: Mapping[str, float], name: str, r: int | Non
         check_restorable(record.injections[term])
 
 
-def _layer(path: str, adapter: Adapter) -> str:
-    """The name that selects the weight."""
-    return path if adapter.site.weight in ("weight", "") else f"{path}.{adapter.site.weight}".lstrip(".")
-
-
 def _low_rank(adapter: Adapter, path: str, term: str) -> LowRank:
-    if not isinstance(adapter, LowRank) or type(adapter).merged is not LowRank.merged:
+    if not isinstance(adapter, LowRank) or not adapter.adds_product:
         raise AdapterError(
             f"combine: {term!r} has a {type(adapter).__name__} on {path!r}, which is no low-rank product. Leave it "
             "out, or let it act beside the others with set_active. What is a change of weights can become LoRA: "

@@ -75,7 +75,7 @@ def to_diffusers(
                     "merge(model) and save the weights."
                 )
             inner = path.removeprefix(f"{places[component]}.")
-            prefix = f"{path}.{adapter.site.key('adapters')}."
+            prefix = adapter.site.prefix(path)
             for ours, (key, shape) in tensor_names(inner, module, adapter).items():
                 value = left.pop(prefix + ours)
                 if ours == "lora_B":

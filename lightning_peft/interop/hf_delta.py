@@ -22,7 +22,6 @@ from lightning_peft.interop.hf_format import (
     Row,
     State,
     own_values,
-    prefix_of,
     ranks_and_alphas,
     read_alphas,
     target_of,
@@ -206,7 +205,7 @@ def _vector_places(path: str, module: Any, adapter: Any, found: Found) -> dict[s
 
 def _shared_matrices(found: Found, state: State) -> dict[str, Tensor]:
     (d_out, d_in), (path, _, adapter) = _widest(found), found[0]
-    like, (A, B) = state[f"{prefix_of(path, adapter)}vera_lambda_d"], adapter.banks
+    like, (A, B) = state[f"{adapter.site.prefix(path)}vera_lambda_d"], adapter.banks
     return {
         "base_model.vera_A": (6 / d_in) ** 0.5 * A.rows(d_in, like).T,
         "base_model.vera_B": (6 / len(like)) ** 0.5 * B.rows(d_out, like),

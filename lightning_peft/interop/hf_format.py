@@ -160,11 +160,6 @@ class Row:
             raise AdapterFileError(f"HF PEFT computes something else for {path}, which is not padded with zeros.")
 
 
-def prefix_of(path: str, adapter: Adapter) -> str:
-    """What our keys begin with for ``adapter`` on the module ``path``."""
-    return f"{path}.{adapter.site.key('adapters')}.".lstrip(".")
-
-
 def target_of(model: nn.Module, name: str) -> Target:
     """The layer ``name`` of ``model``, or the only one whose name ends so, for a model inside of another.
 

@@ -32,7 +32,6 @@ from lightning_peft.interop.hf_format import (
     State,
     Unread,
     own_values,
-    prefix_of,
     ranks_and_alphas,
     read_alphas,
     target_of,
@@ -149,7 +148,9 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
     prompt = hf_prompts.PROMPT in tensors
     prefix = "base_model." if prompt else PREFIX
     left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}
-    state = {prefix_of(path, adapter) + key: t for path, _, adapter in found for key, t in adapter.state_dict().items()}
+    state = {
+        adapter.site.prefix(path) + key: t for path, _, adapter in found for key, t in adapter.state_dict().items()
+    }
     ours: dict[str, Tensor] = {}
     for key, place in places(found).items():
         value = left.pop(place.key, left.pop(f"{place.key}.weight", None))
@@ -177,7 +178,7 @@ def places(found: Found, row: Row | None = None) -> dict[str, Place]:
             _check_layer(path, module)
             row.check_layer(path, module, adapter)
         own = by_class[cls](path, module, adapter, found)
-        all_places |= {prefix_of(path, adapter) + name: place for name, place in own.items()}
+        all_places |= {adapter.site.prefix(path) + name: place for name, place in own.items()}
     return all_places
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.prompts import TextTokens, Tokens
 from lightning_peft.engine import AdapterFileError, Method
 from lightning_peft.engine.slots import base_class
-from lightning_peft.interop.hf_format import Found, NoCounterpart, Parts, Place, Row, State, prefix_of
+from lightning_peft.interop.hf_format import Found, NoCounterpart, Parts, Place, Row, State
 from lightning_peft.methods import PromptTuning, PTuning
 
 PROMPT = "prompt_embeddings"
@@ -51,7 +51,7 @@ def _made_prompt(found: Found, state: State) -> dict[str, Tensor]:
     prompt = copy.deepcopy(adapter.prompt)
     for name, _ in list(prompt.named_parameters()):  # that of the adapter may be spread over ranks
         owner, _, last = name.rpartition(".")
-        setattr(prompt.get_submodule(owner), last, nn.Parameter(state[f"{prefix_of(path, adapter)}prompt.{name}"]))
+        setattr(prompt.get_submodule(owner), last, nn.Parameter(state[f"{adapter.site.prefix(path)}prompt.{name}"]))
     return {PROMPT: prompt().detach()}
 
 

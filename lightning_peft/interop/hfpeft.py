@@ -1,8 +1,8 @@
 """The bridge: any adapter of Hugging Face PEFT, computed by its own code in our slots.
 
-HF PEFT builds its layers into a *shadow* of the model: modules of the same classes that share parameters and buffers
-with the real ones and never run. Each layer that it put in the place of one of them becomes an adapter on the real
-module; where it calls the layer that it wraps, that call goes to what lies below the adapter.
+HF PEFT builds its layers into a shadow of the model (`lightning_peft.interop.shadow`). Each layer that it put in the
+place of a module becomes an adapter on the real one; where it calls the layer that it wraps, that call goes to what
+lies below the adapter.
 
 Paper: that of the tuner.
 Formula: y = t(x, f), where t is the layer of the tuner and f what lies below.
@@ -37,10 +37,11 @@ from lightning_peft.engine import (
     slots,
 )
 from lightning_peft.engine.errors import nearest
-from lightning_peft.engine.slots import Layer, Site, base_class, plain_name
+from lightning_peft.engine.slots import Layer, Site, plain_name
 from lightning_peft.engine.state import adapter_state, refuse
 from lightning_peft.engine.targets import Target, sites
 from lightning_peft.interop.patterns import check_pattern
+from lightning_peft.interop.shadow import replaced, shadow_of, twin_of
 
 NAME = "default"  # under which HF PEFT knows the one adapter of each shadow
 
@@ -64,7 +65,7 @@ _REFUSED = {
 class HFPEFT(Method):
     """Any tuner of Hugging Face PEFT, computed by ``peft`` itself.
 
-    For what there is no method of our own for: where there is one it is as exact, and faster.
+    For what there is no method of our own for.
 
     Args:
         config: a ``peft.PeftConfig``, or its settings with ``peft_type`` among them; by default LoRA on all linear
@@ -172,7 +173,7 @@ class HFPEFTAdapter(Adapter):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        plain = _twin(self.__dict__["shadow"])
+        plain = twin_of(self.__dict__["shadow"])
         stored = self.site.store(plain, weight, bias, weight.dtype)
         # a copy in plain numbers, in whatever form they are kept
         own = {name: nn.Parameter(value + 0, requires_grad=False) for name, value in stored.items()}
@@ -194,6 +195,8 @@ class HFPEFTAdapter(Adapter):
         what = f"{type(self.layer).__module__.removesuffix('.layer')}.{type(self.layer).__name__}"
         if self.site.kind == "module":
             return f"{what} sits around a whole module."
+        if slots.in_codes(self.__dict__["shadow"], self.site):
+            return f"{slots.in_codes_because(self.__dict__['shadow'], self.site)} LoRA of lightning_peft merges there."
         never = isinstance(self.layer, BaseTunerLayer) and type(self.layer).merge is BaseTunerLayer.merge
         return f"HF PEFT does not merge {what}." if never else None
 
@@ -291,7 +294,7 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
         raise TargetError("HFPEFT: peft starts from weights, and those of this model are not there yet (meta device).")
     config, (path, root) = _peft_config(settings), _network(model)
     twins: dict[str, nn.Module] = {}
-    shadow = _shadow(root, "", twins, {})
+    shadow = shadow_of(root, "", twins, {})
     base = slots.base_parameters(root)
     before = {p: (p.requires_grad, p.data, p._version) for p in base.values()}
     try:
@@ -317,7 +320,7 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
     if config.peft_type != "LORA" and in_place:
         raise TargetError(f"HFPEFT: {settings['peft_type']} trains the base in place ({in_place[0]!r}).")
     targets: list[BridgedTarget] = []
-    for name, twin, layer, holders in _replaced(shadow, twins):
+    for name, twin, layer, holders in replaced(shadow, twins):
         module = root.get_submodule(name)
         here = [dataclasses.replace(site, read=False) for site in sites(module)]
         site = here[0] if len(here) == 1 else Site("module", "", None)
@@ -333,66 +336,12 @@ def _has_changed(parameter: nn.Parameter, data: Tensor, version: int) -> bool:
     return parameter.data_ptr() != data.data_ptr() or parameter._version != version
 
 
-Holders = list[tuple[nn.Module, str]]
-
-
-def _replaced(shadow: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module, Holders]]:
-    """(path, module of the shadow, what stands in its place, what had it as a child: no more)."""
-    inside: list[str] = []
-    for name, twin in twins.items():
-        if any(name.startswith(outer) for outer in inside) or not name:
-            continue
-        layer = shadow.get_submodule(name)
-        if layer is twin:
-            continue
-        inside.append(f"{name}.")
-        holders = [(m, key) for m in layer.modules() for key, child in m._modules.items() if child is twin]
-        changed = [
-            below
-            for below, other in twins.items()
-            if below.startswith(f"{name}.") and not _is_at(twin, below, name, other)
-        ]
-        if not holders or changed:
-            raise TargetError(
-                f"HFPEFT: {type(layer).__name__} rebuilds {name!r}, which cannot be done here. Exclude it."
-            )
-        for holder, key in holders:
-            holder.__dict__[key] = holder._modules.pop(key)
-        yield name, twin, layer, holders
-
-
-def _is_at(twin: nn.Module, below: str, name: str, other: nn.Module) -> bool:
-    return twin.get_submodule(below.removeprefix(f"{name}.")) is other
-
-
 def _network(model: nn.Module) -> tuple[str, nn.Module]:
     """What ``peft`` is to see, with what its names begin with: the one network in a LightningModule, or the model."""
     inner = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
     if hasattr(model, "training_step") and len(inner) == 1 and next(model.parameters(recurse=False), None) is None:
         return f"{inner[0][0]}.", inner[0][1]
     return "", model
-
-
-def _shadow(module: nn.Module, path: str, twins: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The shadow of ``module``; ``twins`` gets each part of it under its path."""
-    if module not in made:
-        made[module] = twin = twins[path] = _twin(module)
-        children = twin._modules.items()
-        twin._modules = {
-            name: child and _shadow(child, f"{path}.{name}".lstrip("."), twins, made) for name, child in children
-        }
-    return made[module]
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A module of the same class with the same parameters, buffers and children, without hooks and adapters."""
-    is_loop = hasattr(module, "training_step")  # which holds a Trainer, that nobody is to copy
-    twin = nn.Module() if is_loop else object.__new__(base_class(module))
-    kept = ("_parameters", "_buffers", "training") if is_loop else module.__dict__.keys() - {*slots.STATE, "_peft"}
-    twin.__dict__.update({key: module.__dict__[key] for key in kept})
-    twin._modules = {name: child for name, child in module._modules.items() if not isinstance(child, slots.Adapters)}
-    twin.__dict__.update({name: type(hooks)() for name, hooks in twin.__dict__.items() if name.endswith("_hooks")})
-    return twin
 
 
 def method_from(config: Mapping[str, Any], model: nn.Module, because: str) -> HFPEFT:

@@ -39,7 +39,7 @@ def answers(model: nn.Module, name: str = "default", at: Collection[str] = ()) -
     ``model`` is the one that was given to `inject`, in evaluation mode.
     """
     targets = [t for t in changed(model, name) if t.name not in at] + named(model, at)
-    asked = {f"{t.owner}.{t.site.key('adapters')}.".lstrip(".") for t in targets}
+    asked = {t.site.prefix(t.owner) for t in targets}
     in_place = {f"{t.owner}.{parameter}".lstrip(".") for t in targets for parameter in (t.site.weight, t.site.bias)}
     beside = {
         key: value.detach().cpu()

@@ -25,7 +25,7 @@ from lightning_peft import (
     unload,
     unmerge,
 )
-from lightning_peft.engine import METHODS, MergeError, Method, TargetError, adapters_of, inject
+from lightning_peft.engine import METHODS, MergeError, Method, TargetError, adapters_of, get_method, inject
 from lightning_peft.engine.slots import Layer
 from lightning_peft.engine.state import fingerprint
 from lightning_peft.engine.targets import candidates
@@ -383,3 +383,14 @@ def test_every_method_calls_the_layer_or_is_refused(kind: Any, method: Method) -
         torch.testing.assert_close(model(x), base(x), rtol=1e-6, atol=1e-6)
     moved(model)
     assert not torch.allclose(model(x), base(x), atol=1e-4)
+
+
+def test_the_tuners_of_hf_peft_do_not_merge_into_codes() -> None:
+    """What their own code would write there is codes again, and not what the model answered."""
+    peft = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    for kind in KINDS[:2]:
+        model = moved(inject(quantised(Tiny().eval(), kind), get_method("hfpeft")(config=peft)))
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="in torch.u?int8 codes .* LoRA of lightning_peft merges there"):
+            merge(model, dequantize=True)
+        assert_unchanged(model, before)
