@@ -37,9 +37,10 @@ notebooks: $(INSTALLED)  ## run every tutorial
 docs: $(INSTALLED)  ## build the site, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-pretrain: $(INSTALLED)  ## make the digits checkpoints of the tutorials again
+pretrain: $(INSTALLED)  ## make the checkpoints of the tutorials again
 	$(BIN)/python tutorials/pretrain_digits.py
 	$(BIN)/python tutorials/pretrain_denoisers.py
+	$(BIN)/python tutorials/pretrain_llama.py
 
 bench: $(INSTALLED)  ## figures beside HF PEFT, in one run
 	$(BIN)/python -m benchmarks
