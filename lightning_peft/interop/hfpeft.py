@@ -7,6 +7,7 @@ lies below the adapter.
 Paper: that of the tuner.
 Formula: y = t(x, f), where t is the layer of the tuner and f what lies below.
 Shapes: those of the tuner.
+Example: {"config": {"peft_type": "OFT", "target_modules": "all-linear"}}
 Init: that of the tuner, drawn from numbers of its own; most begin as the base.
 Merge: W' = what ``merge`` of the tuner makes of W, where it has one.
 """

@@ -8,6 +8,7 @@ Shapes:   e (D,), c (N, C) as wide as the tokens of the text; W_p (N C, D), b_p 
           the d features of all keys
 Init:     W'_k, W'_v = W_k, W_v of the text; W_p as ``nn.Linear``. The image acts from the start, so it is not the base
 Merge:    none: what it adds depends on the image
+Needs:    a denoiser with cross-attentions that is given embeddings of images
 Cost:     one more product of attention, and the projections around it, in each cross-attention
 Deviates from the paper: the tokens do not stand behind those of the text, but are handed to the attentions beside it,
           which computes the same, takes any number of images, and leaves masks of the text as they are. Where an

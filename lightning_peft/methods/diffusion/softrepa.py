@@ -6,6 +6,7 @@ Formula:  block_k sees [P(S_k) + T_k[t]; c] for k < K in place of the text c, an
 Shapes:   S_k (p, d_text), T (100, K C) for a text d_text wide and C wide in the blocks; in a UNet S (p, C), T (100, C)
 Init:     S, T ~ N(0, 0.02^2), which is not the base
 Merge:    none: tokens are no weights
+Needs:    a denoiser that looks at a text
 Loss:     `contrastive_denoising_loss` of the errors of n images with n texts, in the training step
 Deviates from the authors' code: a step t >= 1000 has the last row of T; there, one such step lowers all steps of the
           batch by one. For SD1.5 their tokens start as the token that begins a text.

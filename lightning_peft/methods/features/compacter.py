@@ -2,7 +2,7 @@
 
 Paper:    Mahabadi et al., "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", 2021, arXiv:2106.04647.
 Formula:  h <- h + U f(D h + c) + e, h the output of a sub-layer before the residual add;
-          D^T = sum_k C_k (x) (A_k B_k), (x) the Kronecker product; U^T likewise, with the same C and other A, B
+          D^T = sum_k C_k kron (A_k B_k), kron the Kronecker product; U^T likewise, with the same C and other A, B
 Shapes:   C (n, n, n), one for all adapters of the model; for D: A (n, d/n, phm_rank), B (n, phm_rank, r/n), c (r,); for
           U: A (n, r/n, phm_rank), B (n, phm_rank, d/n), e (d,)
 Init:     A, B ~ Glorot's uniform rule with gain sqrt 2, C ~ N(0, init_std^2), c = e = 0: y starts as the base but for

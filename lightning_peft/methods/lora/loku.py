@@ -8,6 +8,7 @@ Shapes:   F (d_out, d_in), rho (d_out,); lora_A (r, d_in), lora_B (d_out, r)
 Init:     A_0 = diag(sqrt(sigma / s)) V^T, B_0 = diag(1 / (rho + 1e-5)) U diag(sqrt(sigma / s)); y starts as the base
 Merge:    as PiSSA
 Schedule: F is measured before training
+Needs:    a training step that returns the loss on the data to forget by itself: {"loss": ..., "forget": ...}
 Cost:     a second pair of thin products
 Deviates from the authors' code: each batch has the same weight in F, whatever number of tokens is in it.
 """

@@ -10,6 +10,7 @@ Init:     the model as it is; y starts as the base
 Merge:    nothing to do: the parameters are the base's own, and no copy of the base is kept
 Schedule: D is measured on the first batch; directions are taken anew when blocks are drawn, and every
           update_proj_gap steps
+Example:  {"n_layers": 2}
 """
 
 from contextlib import ExitStack

@@ -1,65 +1,54 @@
 """Makes the pages about methods out of the registry: no method is listed by hand.
 
-MkDocs calls the functions named ``on_...``; ``python docs/hooks.py`` brings the table in the README up to date.
+``python docs/generate/method_pages.py`` brings the table in the README up to date.
 """
 
+import ast
 import dataclasses
 import inspect
+import json
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from formula import typeset
+
 from lightning_peft import list_methods
 from lightning_peft.engine import Method
 
 TABLE = "<!-- methods -->"
-README = Path(__file__).parents[1] / "README.md"
-
-
-def on_config(config: Any) -> Any:
-    """Put one page for each method into the navigation."""
-    section = next(entry["Methods"] for entry in config.nav if isinstance(entry, dict) and "Methods" in entry)
-    section.extend({row.cls.__name__: f"methods/{row.name}.md"} for row in list_methods())
-    return config
-
-
-def on_files(files: Any, config: Any) -> Any:
-    """Add these pages."""
-    from mkdocs.structure.files import File
-
-    for row in list_methods():
-        files.append(File.generated(config, f"methods/{row.name}.md", content=method_page(row.cls)))
-    return files
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table where a page asks for it."""
-    return markdown.replace(TABLE, methods_table())
+TOP = Path(__file__).parents[2]
+README = TOP / "README.md"
+SUITE = TOP / "tests" / "methods" / "test_invariants.py"
+# the labels in the docstring of a method's file that hold formulas
+MATHEMATICS = ("Formula", "Shapes", "Init", "Merge", "Schedule", "Loss")
+# task -> a ready configuration for it
+CONFIGS = {"vision": "digits.yaml", "text": "source_code.yaml", "diffusion": "denoise_digits.yaml"}
 
 
 def methods_table() -> str:
-    """All methods, one row each, with links to their pages."""
-    rows = []
-    for row in list_methods():
-        rows.append(
-            [
-                f"[{row.cls.__name__}](methods/{row.name}.md)",
-                f"`{row.name}`",
-                row.family,
-                _purpose(row.cls),
-                trained(row.cls),
-                "yes" if row.cls.identity_at_init else "no",
-                "yes" if row.mergeable else "no",
-                "yes" if row.cls.calibrated else "no",
-                cost(row.cls),
-                _paper(row.paper),
-            ]
-        )
-    head = ["Class", "Name", "Family", "What it does", "Trains", "Starts as the base", "Merges"]
-    head += ["Calibrated", "Extra cost per step", "Paper"]
-    return _table(head, rows)
+    """All methods, one row each, with links to their pages; a script of the page filters it."""
+    head = ["Class", "What it does", "Family", "For", "Trains", "Starts as the base", "Merges", "Calibrated"]
+    head += ["Extra cost per step", "Paper"]
+    rows = [
+        [
+            f"[{row.cls.__name__}](methods/{row.name}.md)",
+            _purpose(row.cls),
+            row.family,
+            ", ".join(row.cls.modalities),
+            trained(row.cls),
+            "yes" if row.cls.identity_at_init else "no",
+            "yes" if row.mergeable else "no",
+            "yes" if row.cls.calibrated else "no",
+            cost(row.cls),
+            _paper(row.paper),
+        ]
+        for row in list_methods()
+    ]
+    return f'<div class="filterable" markdown="1">\n\n{_table(head, rows)}\n\n</div>'
 
 
 def readme_table() -> str:
@@ -114,13 +103,14 @@ def method_page(cls: type[Method]) -> str:
     }
     paragraphs = re.split(r"^(?:Args|Raises):", text, flags=re.M)[0].strip().split("\n\n")
     parts = [f"# {cls.__name__}", _purpose(cls), *map(_plain, paragraphs[1:])]
-    parts.append(_table(["Fact", ""], [[key, value] for key, value in facts.items()]))
     for label, value in labels.items():
-        if label == "Cost":
-            continue
-        prose = label not in ("Formula", "Shapes", "Init", "Merge", "Schedule", "Loss")
-        parts.append(f"**{label}**\n\n{_plain(value) if prose else f'`{value}`'}")
-    parts.append(f"## Use\n\n```python\n{_use(cls)}\n```\n\n```console\n{_command(cls)}\n```")
+        if label in MATHEMATICS:
+            parts.append(f'**{label}**\n\n<p class="formula">{typeset(value)}</p>')
+        elif label not in ("Cost", "Example"):
+            linked = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", _plain(value))
+            parts.append(f"**{label}**\n\n{linked}")
+    parts.append("## Use\n\n" + _use(cls, labels))
+    parts.append("## Facts\n\n" + _table(["Fact", ""], [[key, value] for key, value in facts.items()]))
     if arguments:
         parts.append("## Arguments\n\n" + _table(["Argument", "Default", "Meaning"], arguments))
     errors = _section(text, "Raises")
@@ -130,7 +120,29 @@ def method_page(cls: type[Method]) -> str:
         parts.append(
             f"## Checked example\n\n```pycon\n>>> from lightning_peft import {cls.__name__}\n{doctest.strip()}\n```"
         )
+    parts.append(
+        "## What the tests hold\n\nEvery method goes through the same suite, `tests/methods/test_invariants.py`: "
+        f"`python -m pytest tests/methods -k {cls.name}`.\n\n"
+        + _table(["Test", cls.__name__], [[claim, held] for claim, held in invariants(cls).items()])
+    )
     return "\n\n".join(parts) + "\n"
+
+
+def invariants(cls: type[Method]) -> dict[str, str]:
+    """What the suite asks of every method, in the words of its tests, and what this one answers."""
+    facts = {"mergeable": cls.mergeable, "keeps_base": cls.keeps_base}
+    answers = {}
+    for test in ast.parse(SUITE.read_text()).body:
+        if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+            claim = test.name.removeprefix("test_").replace("_", " ")
+            # a test that asks for a declared fact expects an error, or has nothing to say, where it does not hold
+            asked = {node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)} & facts.keys()
+            refuses = any(isinstance(node, ast.Attribute) and node.attr == "raises" for node in ast.walk(test))
+            lacking = [fact for fact in asked if not facts[fact]]
+            otherwise = "refused with an error" if refuses else "does not apply"
+            otherwise = "refused with an error" if refuses else "does not apply"
+            answers[claim.capitalize()] = otherwise if lacking else "yes"
+    return answers
 
 
 def _places(cls: type[Method]) -> str:
@@ -141,16 +153,44 @@ def _places(cls: type[Method]) -> str:
     return " and ".join(([", ".join(layers) + " layers"] if layers else []) + whole)
 
 
-def _use(cls: type[Method]) -> str:
-    name = cls.__name__
-    return (
-        f"import lightning as L\nfrom lightning_peft import PEFT, {name}\n\n"
-        f"trainer = L.Trainer(callbacks=[PEFT({name}())])"
-    )
+def _use(cls: type[Method], labels: dict[str, str]) -> str:
+    """The same in Python, in YAML and on the command line, in tabs."""
+    arguments = _example(cls, labels)
+    call = f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    python = f"import lightning as L\nfrom lightning_peft import PEFT, {cls.__name__}\n\n"
+    python += f"trainer = L.Trainer(callbacks=[PEFT({call})])"
+    init = "".join(f"\n            {name}: {json.dumps(value)}" for name, value in arguments.items())
+    yaml = "trainer:\n  callbacks:\n    - class_path: PEFT\n      init_args:\n        method:\n"
+    yaml += f"          class_path: {cls.__name__}" + (f"\n          init_args:{init}" if init else "")
+    tabs = {"Python": f"```python\n{python}\n```", "YAML": f"```yaml\n{yaml}\n```"}
+    if command := example_command(cls):
+        tabs["Command line"] = f"```console\n{command}\n```"
+    return "\n\n".join(f'=== "{name}"\n\n{textwrap.indent(text, "    ")}' for name, text in tabs.items())
 
 
-def _command(cls: type[Method]) -> str:
-    return f"lightning-peft fit --config tutorials/configs/digits.yaml --trainer.callbacks.method={cls.__name__}"
+def example_command(cls: type[Method]) -> str:
+    """A run on one of the ready configurations; none for a method that needs a module or a model of your own."""
+    labels = _labels(inspect.getdoc(sys.modules[cls.__module__]) or "")
+    if "Needs" in labels:
+        return ""
+    config = next(CONFIGS[task] for task in CONFIGS if task in cls.modalities)
+    method = "--trainer.callbacks.method"
+    options = [
+        f"{method}.{name}={value if isinstance(value, int | float | str) else json.dumps(value)}"
+        for name, value in _example(cls, labels).items()
+    ]
+    words = ["lightning-peft", "fit", "--config", f"tutorials/configs/{config}", f"{method}={cls.__name__}", *options]
+    return shlex.join(words)
+
+
+def _example(cls: type[Method], labels: dict[str, str]) -> dict[str, Any]:
+    """The arguments of an example: those that the file of the method names, or the first number among its own."""
+    if "Example" in labels:
+        return dict(ast.literal_eval(labels["Example"]))
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in vars(cls).get("__annotations__", {}) and type(field.default) in (int, float):
+            return {field.name: field.default}
+    return {}
 
 
 def _purpose(cls: type[Method]) -> str:
@@ -170,7 +210,7 @@ def _labels(text: str) -> dict[str, str]:
     """The lines ``Label:   text``, each with its continuation lines, of the docstring of a file."""
     found: dict[str, str] = {}
     for line in text.split("\n\n", 1)[-1].splitlines():
-        start = re.match(r"([A-Z][\w ]*): +(.*)|([A-Z][\w ]+):$", line)
+        start = re.match(r"([A-Z][\w' ]*): +(.*)|([A-Z][\w' ]+):$", line)
         if start:
             label = start[1] or start[3]
             found[label] = start[2] or ""

@@ -1,0 +1,112 @@
+"""Executes the tutorials: their pages on the site, and ``tutorials/README.md``, come from what they printed and drew.
+
+``python docs/generate/notebooks.py`` runs all of them, one after another, with nothing beside them on the machine, and
+brings times and pictures in ``tutorials/README.md`` up to date. The site runs two at a time, and runs only what has
+changed since it was built last: outputs are kept in ``.cache``.
+"""
+
+import base64
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+from nbformat import NotebookNode
+from tqdm import tqdm
+
+TOP = Path(__file__).parents[2]
+FOLDER = TOP / "tutorials"
+PICTURES = FOLDER / "pictures"
+CACHE = TOP / ".cache" / "tutorials"
+MARK = "<!-- tutorials -->"
+
+
+def notebooks() -> list[Path]:
+    """The tutorials in their order."""
+    return sorted(FOLDER.glob("[0-9]*.ipynb"))
+
+
+def execute(path: Path) -> NotebookNode:
+    """The notebook with its outputs; a cell that fails raises, with what it printed."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    return client.execute()
+
+
+def executed(paths: list[Path]) -> list[NotebookNode]:
+    """The same for many, from the cache where neither notebook nor library has changed."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    sources = sorted([*(TOP / "lightning_peft").rglob("*.py"), *FOLDER.glob("*/**/*.*")])
+    library = hashlib.sha256(b"".join(file.read_bytes() for file in sources))
+
+    def one(path: Path) -> NotebookNode:
+        key = library.copy()
+        key.update(path.read_bytes())
+        file = CACHE / f"{path.stem}-{key.hexdigest()[:16]}.ipynb"
+        if not file.exists():
+            notebook = execute(path)
+            for stale in CACHE.glob(f"{path.stem}-*.ipynb"):
+                stale.unlink()
+            nbformat.write(notebook, file)
+        return nbformat.read(file, as_version=4)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(tqdm(pool.map(one, paths), total=len(paths), desc="tutorials", unit="notebook"))
+
+
+def page(notebook: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
+    """Markdown of a notebook with its outputs, and the pictures that it shows, by their paths beside the page."""
+    for cell in notebook.cells:
+        # what other libraries log about themselves depends on the machine
+        cell["outputs"] = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+    resources = {"output_files_dir": name, "unique_key": "picture"}
+    text, made = MarkdownExporter().from_notebook_node(notebook, resources=resources)
+    text = text.replace("![png](", "![What the cell above draws](").replace("<details>", '<details markdown="1">')
+    return text, {file.replace("\\", "/"): content for file, content in made["outputs"].items()}
+
+
+def picture(notebook: NotebookNode) -> bytes | None:
+    """The picture that stands for a notebook: that of the cell with the tag ``picture``, or else its last."""
+    found = [
+        (("picture" in cell.metadata.get("tags", [])), base64.b64decode(output.data["image/png"]))
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    return max(reversed(found), key=lambda pair: pair[0])[1] if found else None
+
+
+def title(notebook: NotebookNode) -> str:
+    """The question that a notebook asks."""
+    return notebook.cells[0].source.partition("\n")[0].removeprefix("# ")
+
+
+def table() -> str:
+    """Execute all, one after another; write their pictures; return a row for each."""
+    PICTURES.mkdir(exist_ok=True)
+    rows = ["| Notebook | Question | Seconds | What it draws |", "| --- | --- | ---: | --- |"]
+    total = 0.0
+    for path in tqdm(notebooks(), unit="notebook"):
+        start = time.perf_counter()
+        notebook = execute(path)
+        total += (seconds := time.perf_counter() - start)
+        file = PICTURES / f"{path.stem}.png"
+        if content := picture(notebook):
+            file.write_bytes(content)
+        shown = f'<img src="pictures/{file.name}" width="320" alt="The picture of {path.name}">' if content else ""
+        rows.append(f"| [{path.name}]({path.name}) | {title(notebook)} | {seconds:.0f} | {shown} |")
+    return "\n".join([*rows, f"| all | | {total:.0f} | |"])
+
+
+def main() -> None:
+    readme = FOLDER / "README.md"
+    before, _, rest = readme.read_text().partition(MARK)
+    after = rest.partition(MARK)[2]
+    readme.write_text(f"{before}{MARK}\n{table()}\n{MARK}{after}")
+
+
+if __name__ == "__main__":
+    main()
