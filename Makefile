@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test install lint types tests notebooks docs pretrain bench bench-gpu clean
+.PHONY: help demo test install lint types tests notebooks docs map browser pretrain bench bench-gpu clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,9 +20,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-lint: $(INSTALLED)  ## style
+lint: $(INSTALLED)  ## style, and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(INSTALLED)  ## type check
 	$(BIN)/mypy
@@ -34,8 +35,19 @@ tests: $(INSTALLED)  ## tests and doctests; those of kernels once more, interpre
 notebooks: $(INSTALLED)  ## run every tutorial
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=60 -p no:warnings tutorials/*.ipynb
 
-docs: $(INSTALLED)  ## build the site, strictly
+docs: $(INSTALLED) browser  ## build the site, strictly; look at its pages in a browser
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pytest docs/test_site.py
+
+map: $(INSTALLED)  ## run every tutorial alone: times and pictures in tutorials/README.md
+	$(BIN)/python docs/generate/notebooks.py
+
+# the tests of the site need a Chromium; where Debian's packages can be installed, one is
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	&& apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } \
+	|| echo "No Chromium here: the site is built, but not looked at."
 
 pretrain: $(INSTALLED)  ## make the checkpoints of the tutorials again
 	$(BIN)/python tutorials/pretrain_digits.py
@@ -50,4 +62,4 @@ bench-gpu: $(INSTALLED)  ## kernels beside those of others, on one NVIDIA GPU: t
 	$(BIN)/python -m benchmarks.kernels --part 2
 
 clean:  ## remove what was made, the environment included
-	rm -rf .venv runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs site .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -109,8 +109,9 @@ def test_the_page_of_a_method_shows_its_formulas(row: Any, opened: Any) -> None:
     assert page.locator("article h1").inner_text().startswith(row.cls.__name__)
     formulas = boxes(page, ".formula math")
     assert formulas
-    assert min(width for width, _ in formulas) > 2
-    assert min(height for _, height in formulas) > 8
+    # a lone sign is small; a formula that is not drawn has no size
+    assert min(min(box) for box in formulas) > 0
+    assert max(height for _, height in formulas) > 12
     tables = boxes(page, "article table")
     assert len(tables) >= 2
     labels = page.locator(".tabbed-labels label").all_inner_texts()

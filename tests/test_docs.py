@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import os
 import re
+import shlex
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +16,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_peft
+from lightning_peft import PEFT
+from lightning_peft.cli import main
 from lightning_peft.engine import METHODS
 
 TOP = Path(__file__).parents[1]
@@ -68,12 +74,10 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
 
 
 @pytest.fixture
-def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """``docs/hooks.py``, which MkDocs loads by its path too."""
-    spec = importlib.util.spec_from_file_location("docs_hooks", TOP / "docs" / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``docs/generate/method_pages.py``, which is no part of a package."""
+    monkeypatch.syspath_prepend(TOP / "docs" / "generate")
+    return importlib.import_module("method_pages")
 
 
 @by_page
@@ -116,27 +120,46 @@ def test_every_promise_is_held_by_a_test() -> None:
             assert re.search(rf"^def {test}\(", (TOP / "tests" / file).read_text(), re.M), f"{file}::{test}"
 
 
-def test_every_method_has_a_row_and_a_page(hooks: ModuleType) -> None:
-    table = hooks.on_page_markdown(f"before\n\n{hooks.TABLE}\n\nafter")
+def test_every_method_has_a_row_and_a_page(pages: ModuleType) -> None:
+    table = pages.methods_table()
     for name, cls in METHODS.items():
         assert f"[{cls.__name__}](methods/{name}.md)" in table
-        page = hooks.method_page(cls)
+        page = pages.method_page(cls)
         assert page.startswith(f"# {cls.__name__}\n")
         assert "**Formula**" in page
+        assert "</math>" in page
         for argument in (field.name for field in dataclasses.fields(cls)):
             meaning = re.search(rf"^\| `{argument}` \| .* \| (.*) \|$", page, re.M)
             assert meaning, f"{cls.__name__}: {argument} is missing"
             assert meaning[1], f"{cls.__name__}: {argument} has no meaning in a docstring"
 
 
-def test_the_table_in_the_readme_is_true(hooks: ModuleType) -> None:
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.filterwarnings("ignore:.*")  # of runs of three steps
+def test_the_examples_of_a_method_run(
+    name: str, pages: ModuleType, namespace: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = textwrap.dedent(pages.method_page(METHODS[name]))
+    python, yaml_text = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("python", "yaml"))
+    exec(textwrap.dedent(python), namespace)
+    method = next(c.method for c in namespace["trainer"].callbacks if isinstance(c, PEFT))
+    (callback,) = yaml.safe_load(textwrap.dedent(yaml_text))["trainer"]["callbacks"]
+    told = callback["init_args"]["method"]
+    assert vars(lightning_peft)[told["class_path"]](**told.get("init_args", {})) == method
+    if command := pages.example_command(METHODS[name]):
+        assert command in text
+        monkeypatch.chdir(tmp_path)
+        main([*shlex.split(command)[1:], "--trainer.fast_dev_run=3", "--trainer.logger=false"])
+
+
+def test_the_table_in_the_readme_is_true(pages: ModuleType) -> None:
     text = (TOP / "README.md").read_text()
-    current = hooks.update(text).splitlines()
+    current = pages.update(text).splitlines()
     stale = [line for line in text.splitlines() if line not in current]
-    assert stale == [], "python docs/hooks.py makes the table anew"
+    assert stale == [], "python docs/generate/method_pages.py makes the table anew"
 
 
-def test_the_readme_keeps_two_marks_around_its_table(hooks: ModuleType) -> None:
-    assert hooks.update(f"a\n{hooks.TABLE}\nold\n{hooks.TABLE}\nb\n").splitlines()[:2] == ["a", hooks.TABLE]
-    assert "outdated" not in hooks.update(f"a\n{hooks.TABLE}\noutdated\n{hooks.TABLE}\nb\n")
-    assert (TOP / "README.md").read_text().count(hooks.TABLE) == 2
+def test_the_readme_keeps_two_marks_around_its_table(pages: ModuleType) -> None:
+    assert pages.update(f"a\n{pages.TABLE}\nold\n{pages.TABLE}\nb\n").splitlines()[:2] == ["a", pages.TABLE]
+    assert "outdated" not in pages.update(f"a\n{pages.TABLE}\noutdated\n{pages.TABLE}\nb\n")
+    assert (TOP / "README.md").read_text().count(pages.TABLE) == 2

@@ -105,7 +105,7 @@ def method_page(cls: type[Method]) -> str:
     parts = [f"# {cls.__name__}", _purpose(cls), *map(_plain, paragraphs[1:])]
     for label, value in labels.items():
         if label in MATHEMATICS:
-            parts.append(f'**{label}**\n\n<p class="formula">{typeset(value)}</p>')
+            parts.append(f'**{label}**\n\n<p class="formula">{_with_links(typeset(value))}</p>')
         elif label not in ("Cost", "Example"):
             linked = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", _plain(value))
             parts.append(f"**{label}**\n\n{linked}")
@@ -126,6 +126,14 @@ def method_page(cls: type[Method]) -> str:
         + _table(["Test", cls.__name__], [[claim, held] for claim, held in invariants(cls).items()])
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _with_links(formula: str) -> str:
+    """``as LoRA`` leads to the page of that method."""
+    pages = {row.cls.__name__: row.name for row in list_methods()}
+    return re.sub(
+        r"\bas (\w+)", lambda m: f'as <a href="../{pages[m[1]]}/">{m[1]}</a>' if m[1] in pages else m[0], formula
+    )
 
 
 def invariants(cls: type[Method]) -> dict[str, str]:
@@ -187,10 +195,10 @@ def _example(cls: type[Method], labels: dict[str, str]) -> dict[str, Any]:
     """The arguments of an example: those that the file of the method names, or the first number among its own."""
     if "Example" in labels:
         return dict(ast.literal_eval(labels["Example"]))
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in vars(cls).get("__annotations__", {}) and type(field.default) in (int, float):
-            return {field.name: field.default}
-    return {}
+    numbers = {f.name: f.default for f in dataclasses.fields(cls) if type(f.default) in (int, float)}  # type: ignore[arg-type]
+    own = [name for name in numbers if name in vars(cls).get("__annotations__", {})]
+    first = next(iter(own), "r" if "r" in numbers else None)
+    return {first: numbers[first]} if first else {}
 
 
 def _purpose(cls: type[Method]) -> str:

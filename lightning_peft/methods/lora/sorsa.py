@@ -9,6 +9,7 @@ Shapes:   lora_A, start_A (r, d_in); lora_B, start_B (d_out, r), z_0 in start_B;
 Init:     A_0 = V_r^T, B_0 = U_r, z_0 = sigma_r, the r leading singular triplets of W; y starts as the base, R = 0
 Merge:    W <- W + s (B diag(z) A - B_0 diag(z_0) A_0)
 Schedule: the gradient of gamma * R is added once for each optimizer step, however many batches it has
+Example:  {"r": 8}
 Cost:     a second pair of thin products; two products (r, r) per layer for the penalty
 Deviates from the authors' code: the first product is kept beside the weight, not taken out of it, and dropout falls on
           both products; gamma is the weight in the loss, where theirs is that weight times the highest learning rate;
