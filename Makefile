@@ -44,8 +44,8 @@ map: $(INSTALLED)  ## run every tutorial alone: times and pictures in tutorials/
 
 # the tests of the site need a Chromium; where Debian's packages can be installed, one is
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null \
-	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } \
 	|| echo "No Chromium here: the site is built, but not looked at."
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import html
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import lightning as L
 import pytest
@@ -150,6 +153,36 @@ def test_the_examples_of_a_method_run(
         assert command in text
         monkeypatch.chdir(tmp_path)
         main([*shlex.split(command)[1:], "--trainer.fast_dev_run=3", "--trainer.logger=false"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("W x + b", "<math><mrow><mi>W</mi>_<mi>x</mi></mrow></math><math><mrow><mo>+</mo><mi>b</mi></mrow></math>"),
+        ("d_in", "<math><mrow><msub><mi>d</mi><mrow><mi>in</mi></mrow></msub></mrow></math>"),
+        ("V_r^T", "<math><mrow><msubsup><mi>V</mi><mrow><mi>r</mi></mrow><mi>T</mi></msubsup></mrow></math>"),
+        ("sqrt(2 r)", "<math><mrow><msqrt><mn>2</mn>_<mi>r</mi></msqrt></mrow></math>"),
+        ("the mean of B", "the mean of <math><mrow><mi>B</mi></mrow></math>"),
+        ("init_std^2", "<math><mrow><msup><mtext>init_std</mtext><mn>2</mn></msup></mrow></math>"),
+        ("a head, `x`", "a head\u2060, <code>x</code>"),
+    ],
+)
+def test_a_formula_becomes_mathematics(text: str, expected: str, pages: ModuleType) -> None:
+    bare = re.sub(r"<(m\w+) (?:form|stretchy|mathvariant|class)=[^>]*>", r"<\1>", pages.typeset(text))
+    plain = re.sub(r"<mspace[^>]*>", "_", bare)
+    assert html.unescape(plain) == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_letter_of_a_formula_is_lost(name: str, pages: ModuleType) -> None:
+    labels = pages._labels(inspect.getdoc(sys.modules[METHODS[name].__module__]) or "")
+    for label in pages.MATHEMATICS:
+        if label in labels:
+            shown = ElementTree.fromstring(f"<p>{pages.typeset(labels[label])}</p>")
+            greek = str.maketrans({sign: word for word, sign in importlib.import_module("formula").GREEK.items()})
+            letters = re.sub(r"[^A-Za-z0-9]", "", "".join(shown.itertext()).translate(greek))
+            expected = re.sub(r"\bsqrt\b|\bkron\b|\bsum(?=_)|[^A-Za-z0-9]", "", labels[label])
+            assert letters == expected
 
 
 def test_the_table_in_the_readme_is_true(pages: ModuleType) -> None:

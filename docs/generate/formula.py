@@ -12,12 +12,8 @@ GREEK = {
     "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "mu": "μ", "omega": "ω", "rho": "ρ", "sigma": "σ",
     "theta": "θ",
 }  # fmt: skip
-# functions and names that are no words of a sentence
-UPRIGHT = {
-    "Attn", "Block", "CrossAttention", "Cov", "FFN", "KL", "LN", "LSTM", "ReLU", "SideBlock", "act", "branch", "bridge",
-    "ceil", "diag", "dropout", "exp", "ffn", "floor", "fold", "head", "kaiming_uniform", "loss", "lr", "max", "min",
-    "op", "relu", "scaling", "sigmoid", "softmax", "sqrt", "tanh",
-}  # fmt: skip
+# names that are no words of a sentence; others are functions only where they are called
+UPRIGHT = {"FFN", "LN", "loss", "lr", "scaling", "sqrt"}
 # what stands before an underscore in a formula; other long names with one are names in code
 STEMS = {"block", "lora", "loss", "max", "mean", "noise", "start", "sum"}
 RELATIONS = {"=": "=", "<-": "←", "->": "→", "~": "∼", "<=": "≤", ">=": "≥", "<": "<", ">": ">"}
@@ -90,7 +86,7 @@ def typeset(text: str) -> str:
             flush()
             reader.take()
             # a word joiner: no line begins with punctuation
-            parts.append("&#8288;" + value + ("<br>" if value == ";" else " "))
+            parts.append("&#8288;" + value + ("<br/>" if value == ";" else " "))
             continue
         if value in RELATIONS or (value in "+-" and run):
             flush()  # a line may break in front of it
@@ -118,7 +114,7 @@ def _is_text(reader: Reader) -> bool:
     if len(value) == 1:
         after = reader.peek(2)[1]
         return value in "aA" and following[0] == "space" and after.islower() and len(after) > 2 and after not in UPRIGHT
-    is_name = re.fullmatch(r"[a-z][a-z]?\d+'?|[A-Z]'|d[A-Z]", value) or following[1] in ("(", "^")
+    is_name = re.fullmatch(r"[a-z][a-z]?\d+'?|[A-Z]'|d[A-Z]", value) or following[1] in ("(", "^", "_")
     return not is_name
 
 

@@ -52,6 +52,9 @@ def on_files(files: Any, config: Any) -> Any:
     for path, notebook in zip(paths, executed(paths), strict=True):
         text, pictures = page(notebook, path.stem)
         text = relinked(text, f"tutorials/{path.name}", f"tutorials/{path.stem}.md")
+        head, _, rest = text.lstrip().partition("\n")
+        text = f"{head}\n\n[Download this notebook]({path.stem}/{path.name})\n{rest}"
+        files.append(File.generated(config, f"tutorials/{path.stem}/{path.name}", abs_src_path=str(path)))
         files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
         for file, content in pictures.items():
             files.append(File.generated(config, f"tutorials/{file}", content=content))

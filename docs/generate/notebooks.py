@@ -32,7 +32,13 @@ def notebooks() -> list[Path]:
 def execute(path: Path) -> NotebookNode:
     """The notebook with its outputs; a cell that fails raises, with what it printed."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(FOLDER)}},
+        extra_arguments=["--log-level=40"],  # errors alone
+    )
     return client.execute()
 
 
