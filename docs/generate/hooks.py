@@ -27,7 +27,7 @@ INCLUDED = {
 FAMILIES = {"lora": "LoRA", "interop": "HF PEFT"}
 # code comes first, so that an index and a call in it are not taken for a link
 LINK = re.compile(
-    r"(?P<code>^```.*?^```|^ {4}.*?$|`[^`\n]+`)|(?P<image>!?)\[(?P<label>[^\[\]]*)\]\((?P<where>[^)\s]+)\)", re.M | re.S
+    r"(?P<code>^```.*?^```|`[^`\n]+`)|(?P<image>!?)\[(?P<label>[^\[\]]*)\]\((?P<where>[^)\s]+)\)", re.M | re.S
 )
 
 
