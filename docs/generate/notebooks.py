@@ -1,11 +1,12 @@
 """Executes the tutorials: their pages on the site, and ``tutorials/README.md``, come from what they printed and drew.
 
 ``python docs/generate/notebooks.py`` runs all of them, one after another, with nothing beside them on the machine, and
-brings times and pictures in ``tutorials/README.md`` up to date. The site runs two at a time, and runs only what has
-changed since it was built last: outputs are kept in ``.cache``.
+brings times and pictures in ``tutorials/README.md`` up to date. The site runs two at a time, and only what has changed
+since it ran last, there or in the tests: outputs are kept in ``.cache``.
 """
 
 import base64
+import functools
 import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,22 +43,33 @@ def execute(path: Path) -> NotebookNode:
     return client.execute()
 
 
-def executed(paths: list[Path]) -> list[NotebookNode]:
-    """The same for many, from the cache where neither notebook nor library has changed."""
+@functools.cache
+def library() -> bytes:
+    """A digest of all that the outputs of a notebook depend on, beside itself."""
+    files = sorted([*(TOP / "lightning_peft").rglob("*.py"), *FOLDER.glob("*/**/*.*")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
+
+
+def cached(path: Path) -> Path:
+    """Where a notebook with its outputs is kept."""
+    return CACHE / f"{path.stem}-{hashlib.sha256(library() + path.read_bytes()).hexdigest()[:16]}.ipynb"
+
+
+def keep(notebook: NotebookNode, path: Path) -> None:
+    """Write a notebook with its outputs there, in place of older ones."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    sources = sorted([*(TOP / "lightning_peft").rglob("*.py"), *FOLDER.glob("*/**/*.*")])
-    library = hashlib.sha256(b"".join(file.read_bytes() for file in sources))
+    for stale in CACHE.glob(f"{path.stem}-*.ipynb"):
+        stale.unlink()
+    nbformat.write(notebook, cached(path))
+
+
+def executed(paths: list[Path]) -> list[NotebookNode]:
+    """Many notebooks with their outputs, from the cache where neither notebook nor library has changed."""
 
     def one(path: Path) -> NotebookNode:
-        key = library.copy()
-        key.update(path.read_bytes())
-        file = CACHE / f"{path.stem}-{key.hexdigest()[:16]}.ipynb"
-        if not file.exists():
-            notebook = execute(path)
-            for stale in CACHE.glob(f"{path.stem}-*.ipynb"):
-                stale.unlink()
-            nbformat.write(notebook, file)
-        return nbformat.read(file, as_version=4)
+        if not cached(path).exists():
+            keep(execute(path), path)
+        return nbformat.read(cached(path), as_version=4)
 
     with ThreadPoolExecutor(2) as pool:
         return list(tqdm(pool.map(one, paths), total=len(paths), desc="tutorials", unit="notebook"))
