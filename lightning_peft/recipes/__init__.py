@@ -1,5 +1,7 @@
-"""Ready LightningModules and DataModules: timm's classifiers, diffusers' denoisers, transformers' language models."""
+"""Ready modules and data: timm's and transformers' classifiers, diffusers' denoisers, causal language models."""
 
+from lightning_peft.recipes.classification import DocstringsData as DocstringsData
+from lightning_peft.recipes.classification import TextClassifier as TextClassifier
 from lightning_peft.recipes.denoising import Denoiser as Denoiser
 from lightning_peft.recipes.denoising import PicturesData as PicturesData
 from lightning_peft.recipes.images import DigitsData as DigitsData

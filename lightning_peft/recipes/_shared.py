@@ -1,8 +1,9 @@
 """What the recipes share: optional imports, the optimizer policy, loaders over three splits."""
 
-import importlib
+import importlib.util
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,17 @@ def require(module: str, *, extra: str) -> ModuleType:
         raise ImportError(f'{module} cannot be imported ({error}): pip install "lightning_peft[{extra}]"') from error
 
 
+def located(name: str) -> str:
+    """Where weights lie: ``"package:NAME/FOLDER"`` is a folder of an installed package, which is not imported."""
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ValueError(f"{name!r}: there is no package {package!r} here. Install it, or give a folder or a hub name.")
+    return str(Path(found.origin).parent / folder)
+
+
 def adamw_cosine(module: L.LightningModule, *, lr: float, weight_decay: float) -> OptimizerLRScheduler:
     """AdamW over the parameters that require grad; the rate falls along half a cosine to zero at the last step.
 
@@ -39,7 +51,7 @@ class SplitData(L.LightningDataModule):
     splits: dict[str, Dataset[Any]]
     collate_fn: Callable[[list[Any]], Any] | None = None  # torch's own
 
-    def __init__(self, *, batch_size: int, val_fraction: float, seed: int, num_workers: int) -> None:
+    def __init__(self, *, batch_size: int, val_fraction: float = 0.1, seed: int, num_workers: int) -> None:
         super().__init__()
         if not 0 < val_fraction < 0.5:
             raise ValueError(
