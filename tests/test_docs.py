@@ -80,6 +80,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*number of training batches")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")  # lightning 2.6 calls what torch 2.15 has deprecated
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # HF PEFT asks transformers for it
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, namespace: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
