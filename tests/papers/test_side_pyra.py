@@ -146,9 +146,7 @@ def test_it_trains_beside_lora_and_under_activation_checkpoints() -> None:
 
 def test_another_number_of_tokens_is_refused() -> None:
     model = inject(TinyBlocks(), PYRA(r=2, **TOLD))
-    with pytest.raises(
-        AdapterError, match=r"PYRA: 'blocks.0' was given \(2, 12, 12\); expected were 14 tokens. Say how"
-    ):
+    with pytest.raises(AdapterError, match=r"PYRA: 'blocks.0' was given \(2, 12, 12\); expected 14 tokens. Say how"):
         model(torch.randn(2, 11, 7))
 
 
