@@ -106,6 +106,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [path for path in inside - generated if not path.exists()] == []
 
 
+def test_figures_of_a_decision_stand_on_the_pages_that_its_row_cites() -> None:
+    text = (TOP / "docs" / "choose-a-method.md").read_text()
+    rows = [line for line in text.partition("## Which layers")[0].splitlines() if re.match(r"\| (?!If you|---)", line)]
+    assert len(rows) > 40
+    for row in rows:
+        pages = [TOP / "docs" / page for page in re.findall(r"\]\(([\w-]+\.md)", row)]
+        pages += [TOP / "benchmarks" / "README.md"] * ("`benchmarks/README.md`" in row)
+        cited = "".join(page.read_text() for page in pages)
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", row)
+        figures = re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-])", prose)
+        assert [figure for figure in figures if figure.rstrip(",") not in cited] == [], row
+
+
 def test_every_promise_is_held_by_a_test() -> None:
     rows = [line for line in (TOP / "docs" / "guarantees.md").read_text().splitlines() if line.startswith("| ")]
     promises = [row for row in rows if not re.match(r"\| (Promise|---) ", row)]
