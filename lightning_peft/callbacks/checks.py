@@ -70,15 +70,15 @@ def check_gradients(root: nn.Module, optimizer: Optimizer) -> None:
     in_place = [name for name, p in base_parameters(root).items() if id(p) in idle]
     if adapters:
         rank_zero_warn(
-            f"PEFT: {len(adapters)} adapters got no gradient in the first step: {joined(adapters)}. Either "
+            f"PEFT: {len(adapters)} adapters got no gradient in the first step ({joined(adapters)}). Either "
             "their layers were not used in this batch, or their weights are read in a way that hides it (a helper "
             "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
             "with exclude_modules, or let the model call them."
         )
     if in_place:
         rank_zero_warn(
-            f"PEFT: {len(in_place)} parameters that are trained in place got no gradient in the first step: "
-            f"{joined(in_place)}. Their layers were not used in this batch, or the loss does not depend "
+            f"PEFT: {len(in_place)} parameters that are trained in place got no gradient in the first step "
+            f"({joined(in_place)}). Their layers were not used in this batch, or the loss does not depend "
             "on them. Leave them out with exclude_modules or modules_to_save."
         )
 
@@ -88,7 +88,7 @@ def check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if trainer.optimizers and missing:
         raise AdapterError(
-            f"PEFT: {len(missing)} parameters are to be trained but are in no optimizer: {joined(missing)}. "
+            f"PEFT: {len(missing)} parameters are to be trained but are in no optimizer ({joined(missing)}). "
             "Make the optimizer in configure_optimizers, from self.parameters() or those that require gradients."
         )
 
@@ -98,7 +98,7 @@ def check_precision(module: nn.Module) -> None:
     half = [name for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if half:
         raise AdapterError(
-            f"PEFT: {len(half)} parameters of the base are to be trained in float16: {joined(half)}. They would "
+            f"PEFT: {len(half)} parameters of the base are to be trained in float16 ({joined(half)}). They would "
             "become NaN within a few steps (adapters would not: they stay in float32). Use precision='bf16-true', or "
             "'16-mixed' on a GPU, or train adapters alone."
         )

@@ -69,7 +69,7 @@ class PEFT(L.Callback):
     Args:
         method: a method, several (applied in order), a registry name such as ``"lora"``, a ``peft.PeftConfig``
             (`HFPEFT`), or None to take the one that made the adapter in ``init_from``.
-        name: under which name; with several methods each gets ``name-method``.
+        name: name of the adapter; with several methods each gets ``name-method``.
         init_from: adapter folder to start from, as written by ``save_adapter``; the optimizer starts fresh.
         save_to: folder to write the adapter to when training ends; with several methods one folder each inside it.
         summary: print the table of what was adapted when training starts.
@@ -77,7 +77,7 @@ class PEFT(L.Callback):
             base too; ``"merged"``, weights for a model without adapters, which cannot be resumed.
         telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
             of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
-        calibration_batches: batches of the training data that methods measure their start on, those that do.
+        calibration_batches: batches of the training data on which methods that are calibrated measure their start.
         kernels: ``"auto"`` computes norms, gates, activations and rotations of known types, and the logits of a wide
             output head, by the operations of ``lightning_peft.kernels`` while training: they save less for the
             backward pass, and the last digits differ. ``"off"`` leaves all as the model has it.

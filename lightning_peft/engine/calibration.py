@@ -143,7 +143,7 @@ class Calibration:
         parts = answer if isinstance(answer, Mapping) else {"loss": answer}
         if part not in parts:
             raise AdapterError(
-                f"{self._who}: it needs {part!r}, a part of the loss by itself, and the training step returns "
+                f"{self._who} needs {part!r}, a part of the loss by itself, and the training step returns "
                 f"{', '.join(parts)}. Let it return {{'loss': ..., {part!r}: ...}}, all with their graphs."
             )
         return parts[part]

@@ -96,7 +96,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     Args:
         model: any module with parameters.
         method: what to inject.
-        name: under which name; neither ``.`` nor ``:`` may occur in it, and attributes of ``nn.ModuleDict`` are taken.
+        name: name of the adapter, without ``.`` and ``:``; attributes of ``nn.ModuleDict`` are taken.
 
     Raises:
         TargetError: the method finds nothing to adapt, or something that it cannot adapt.

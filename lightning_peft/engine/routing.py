@@ -38,7 +38,7 @@ def routed(model: ModelT, adapter_names: Sequence[str]) -> Iterator[ModelT]:
     Raises:
         AdapterError: there is no adapter of that name, or it cannot act on a part of a batch: it trains parameters in
             place, sits around more than one layer, or on a weight that is read without a call of its layer. Or the
-            adapters are merged. Inside: a layer is given a batch that fits not the number of names.
+            adapters are merged. Inside: a layer is given a batch that does not fit the number of names.
     """
     record = record_of(model)
     names = _checked(record, adapter_names)

@@ -208,7 +208,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     Args:
         model: a model like the one the adapter was made with, or a LightningModule with it inside.
         folder: what to read.
-        name: under which name.
+        name: name that the adapter gets.
         allow_other_base: load although the base weights are not those that the adapter was trained on.
 
     Raises:

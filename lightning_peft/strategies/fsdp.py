@@ -225,7 +225,7 @@ def _check(module: Any) -> None:
     empty = [name for name, p in module.named_parameters() if p.is_meta]
     if empty:
         raise AdapterError(
-            f"{who}: {len(empty)} parameters have no values (they are on the meta device): {joined(empty)}. "
+            f"{who}: {len(empty)} parameters on the meta device have no values ({joined(empty)}). "
             "Load the base before the run starts, in __init__, setup or configure_model: it is sharded after that."
         )
     refuse_packed(module, who)

@@ -211,7 +211,9 @@ def test_a_merged_layer_has_the_dtype_of_the_model_and_keeps_hooks(kind: Any) ->
 
 def test_a_model_that_is_the_layer_itself_is_not_merged(kind: Any) -> None:
     model = moved(inject(kind(nn.Linear(3, 4)), LoRA(r=2)))
-    with pytest.raises(MergeError, match=r"that layer itself, so no other can take its place. Put it into nn.Sequential"):
+    with pytest.raises(
+        MergeError, match=r"that layer itself, so no other can take its place. Put it into nn.Sequential"
+    ):
         merge(model, dequantize=True)
 
 
