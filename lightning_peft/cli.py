@@ -96,7 +96,10 @@ def merge(base: str, adapter: str, output: str) -> None:
         with _new_folder(output) as folder:
             model.save_pretrained(folder)
     else:
-        raise AdapterError(f"merge: {type(model).__name__} is written to a .safetensors file, got {output!r}.")
+        raise AdapterError(
+            f"merge: {type(model).__name__} is written to a .safetensors file, got {output!r}. Give a name that ends "
+            "in it."
+        )
     print(f"merged {adapter} into {type(model).__name__}: {output}")
     print(compared(before, after))
 
@@ -125,7 +128,10 @@ def convert(adapter: str, output: str, to: Format = "peft", base: str | None = N
         save_adapter(model, folder, as_lora=unknown_there if r is None else r, format=to)
         facts, _, _ = read_adapter(folder)
         if (facts or {}).get("layout", "lightning_peft") != to:
-            raise AdapterFileError(f"HF PEFT has no place for the adapter in {adapter}, as the warning says.")
+            raise AdapterFileError(
+                f"convert: HF PEFT has no place for the adapter in {adapter!r}, as the warning says. Use --to "
+                "lightning_peft, or --r 8."
+            )
         before = answers(model)
         del model, injection, before_it
         after = answers(load_adapter(_base(base).eval(), folder), at=before.outputs)
@@ -183,8 +189,8 @@ def _base(base: str) -> Any:
     config = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).is_file()), None)
     if config is None:
         raise AdapterError(
-            f"the base {base!r} is neither a YAML file, nor a folder that from_pretrained of transformers or diffusers "
-            "reads: there is no config.json and no model_index.json in it."
+            f"the base {base!r} is neither a YAML file nor a folder that from_pretrained of transformers or diffusers "
+            "reads (with config.json or model_index.json). Give one of them."
         )
     stated = json.loads(config.read_text(encoding="utf-8"))
     library, name = ("diffusers", stated.get("_class_name"))
@@ -205,8 +211,8 @@ def _named_base(adapter: str) -> str:
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not Path(named).is_dir():
         raise AdapterError(
-            f"convert: the adapter in {adapter} names no base that is here (it names {named!r}). Give it with --base: "
-            "the YAML that it was trained with, or a folder that from_pretrained reads."
+            f"convert: the adapter in {adapter!r} names no base that is here (it names {named!r}). Give it with "
+            "--base: the YAML that it was trained with, or a folder that from_pretrained reads."
         )
     return named
 
@@ -218,10 +224,10 @@ def _check_output(output: str, inputs: tuple[str | None, ...], single: bool) -> 
         here, there = path.resolve(), Path(source).resolve()
         if here == there or here in there.parents or (there in here.parents and here.exists()):
             raise AdapterError(
-                f"{output} is, or holds, or is a part of what is read ({source}). Write to another place."
+                f"{output!r} is, or holds, or is a part of what is read ({source!r}). Write to another place."
             )
     if not single and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AdapterError(f"{output} is there already. Name a folder that does not exist, or delete it first.")
+        raise AdapterError(f"{output!r} is there already. Name a folder that does not exist, or delete it first.")
 
 
 @contextlib.contextmanager
@@ -240,10 +246,10 @@ def _new_folder(output: str) -> Iterator[Path]:
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise AdapterFileError(f"there is no file {path}.")
+        raise AdapterFileError(f"there is no file {path}. Give the path of a checkpoint, or of an adapter folder.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise AdapterFileError(f"{path} is torn, or holds more than tensors and plain values ({error}).") from None
+        raise AdapterFileError(f"{path} is damaged, or holds more than tensors and plain values ({error}).") from None
     facts = checkpoint.get("peft", {"adapters": "none: this is an ordinary checkpoint"})
     return facts, checkpoint["state_dict"]

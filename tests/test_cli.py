@@ -132,7 +132,7 @@ def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["inspect", "nowhere"], "there is no adapter_model.safetensors"),
         (["inspect", "nowhere.ckpt"], "there is no file"),
-        (["inspect", "bad.ckpt"], "is torn"),
+        (["inspect", "bad.ckpt"], "is damaged"),
     ],
 )
 def test_what_cannot_be_read_is_said_without_a_traceback(args: list[str], message: str, tmp_path: Path) -> None:

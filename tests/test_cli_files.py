@@ -245,23 +245,26 @@ def files() -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["convert", "source", "source", "--base", "base"], "source is, or holds, or is a part of what is read"),
+        (["convert", "source", "source", "--base", "base"], "'source' is, or holds, or is a part of what is read"),
         (["convert", "source", "source/../base", "--base", "base"], "is, or holds, or is a part of what is read"),
-        (["convert", "source", "full", "--base", "base"], "full is there already. Name a folder that does not exist"),
-        (["convert", "source", "file.txt", "--base", "base"], "file.txt is there already"),
-        (["merge", "base", "source", "full"], "full is there already"),
+        (["convert", "source", "full", "--base", "base"], "'full' is there already. Name a folder that does not exist"),
+        (["convert", "source", "file.txt", "--base", "base"], "'file.txt' is there already"),
+        (["merge", "base", "source", "full"], "'full' is there already"),
         (["merge", "base", "source", "base"], "is, or holds, or is a part of what is read"),
         (["merge", "base", "source", "base/model.safetensors"], "is a part of what is read"),
         (["convert", "source", "out"], "names no base that is here .* Give it with --base"),
         (
             ["convert", "source", "out", "--base", "nowhere"],
-            "is neither a YAML file, nor a folder that from_pretrained",
+            "is neither a YAML file nor a folder that from_pretrained",
         ),
         (["convert", "source", "out", "--base", "odd"], "names no model of transformers .'Module'.. Give a YAML"),
         (["convert", "nowhere", "out", "--base", "base"], "there is no adapter_model.safetensors in nowhere"),
         (["convert", "source", "out", "--base", "other"], "trained on the same model with other weights"),
         (["convert", "source", "out", "--to", "diffusers", "--base", "base"], "in no part of LlamaForCausalLM"),
-        (["convert", "dora", "out", "--to", "peft", "--base", "base", "--r", "-1"], "as_lora is True, False or a rank"),
+        (
+            ["convert", "dora", "out", "--to", "peft", "--base", "base", "--r", "-1"],
+            "as_lora must be True, False or an integer >= 1",
+        ),
         (["convert", "paca", "out", "--base", "base"], "as_lora=r .--r on the command line. .* as_lora=3 is exact"),
     ],
 )

@@ -87,6 +87,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*number of training batches")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")  # lightning 2.6 calls what torch 2.15 has deprecated
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # HF PEFT asks transformers for it
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, namespace: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +111,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
     inside = {Path(os.path.normpath(page.parent / t)) for t in targets if t and "://" not in t}
     assert [path for path in inside - generated if not path.exists()] == []
+
+
+def test_figures_of_a_decision_stand_on_the_pages_that_its_row_cites() -> None:
+    text = (TOP / "docs" / "choose-a-method.md").read_text()
+    rows = [line for line in text.partition("## Which layers")[0].splitlines() if re.match(r"\| (?!If you|---)", line)]
+    assert len(rows) > 40
+    for row in rows:
+        pages = [TOP / "docs" / page for page in re.findall(r"\]\(([\w-]+\.md)", row)]
+        pages += [TOP / "benchmarks" / "README.md"] * ("`benchmarks/README.md`" in row)
+        cited = "".join(page.read_text() for page in pages)
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", row)
+        figures = re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-])", prose)
+        assert [figure for figure in figures if figure.rstrip(",") not in cited] == [], row
 
 
 def test_every_promise_is_held_by_a_test() -> None:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from lightning_peft.adapters.prefix import uniform
 from lightning_peft.engine import Adapter, AdapterError, Layer, Target, TargetError
-from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.errors import joined, nearest
 from lightning_peft.engine.slots import active_adapters, base_class, holds_adapters
 from lightning_peft.engine.targets import as_patterns, is_below, matches, module_target, sites
-from lightning_peft.parts.condition import TEXT, call_with, cross_attentions, entries, given_to, handed_through, joined
+from lightning_peft.parts.condition import TEXT, call_with, cross_attentions, entries, given_to, handed_through
 
 _IMAGE = "added_cond_kwargs"
 _TOKENS = "ip_hidden_states"  # attentions of diffusers pass over what is handed through by this name
@@ -174,7 +174,7 @@ class ImageTokens(Adapter):
         if not isinstance(embeds, Tensor) or not fits or batch not in (None, len(embeds)):
             shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else f"a {type(embeds).__name__}"
             raise AdapterError(
-                f"{self.who}: image_embeds is {shape}; expected was ({batch or 'B'}, {self.d_image}), or "
+                f"{self.who}: image_embeds is {shape}; expected ({batch or 'B'}, {self.d_image}), or "
                 f"({batch or 'B'}, n, {self.d_image}) for n images, or a list of one of these. Repeat it for each "
                 "sample of the batch (zeros for those without condition), and give its width as image_embed_dim."
             )

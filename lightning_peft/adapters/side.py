@@ -103,7 +103,7 @@ class Quiet(Adapter):
             axis, shape = 1 if self.first else -1, getattr(features, "shape", ())
             if len(shape) < 3 or shape[axis] != self.widths[1]:
                 raise AdapterError(
-                    f"{self.who}: {self.name!r} answered {tuple(shape) or type(features).__name__}; expected were "
+                    f"{self.who}: {self.name!r} answered {tuple(shape) or type(features).__name__}; expected "
                     f"{self.widths[1]} features on axis {axis}. Name other modules in taps: blocks that answer tokens "
                     "(B, N, C) or maps."
                 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.prefix import normal
 from lightning_peft.engine import Adapter, AdapterError, Layer, Target, TargetError
-from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.errors import joined, nearest
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import base_modules, candidates, module_target
 from lightning_peft.parts.attention import find_attentions, widths_of
@@ -24,7 +24,6 @@ from lightning_peft.parts.condition import (
     entries,
     given_to,
     handed_through,
-    joined,
     takes,
 )
 from lightning_peft.parts.tokens import ROTARY, parameters_of
@@ -279,7 +278,7 @@ class SoftBlock(Adapter):
         own = [tokens for prompt in prompts if (tokens := prompt[self.index]) is not None]
         if text.shape[1] < n or (self.index == 0 and text.shape[1] > n) or text.shape[2] != self.context:
             raise AdapterError(
-                f"{self.who}: the block {self.name!r} was given a text {tuple(text.shape)}; expected were {n} tokens, "
+                f"{self.who}: the block {self.name!r} was given a text {tuple(text.shape)}; expected {n} tokens, "
                 f"as the denoiser was given, of {self.context} features. Choose a model that leaves the text as it is "
                 "before its blocks, but for a projection."
             )

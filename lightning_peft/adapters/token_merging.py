@@ -90,7 +90,7 @@ class Merge(Adapter):
         merging = self.merging
         if x.dim() != 3 or x.shape[1] != self.tokens:
             raise AdapterError(
-                f"{self.who}: {self.name!r} was given {tuple(x.shape)}; expected were {self.tokens} tokens. Say how "
+                f"{self.who}: {self.name!r} was given {tuple(x.shape)}; expected {self.tokens} tokens. Say how "
                 "many patches there are (num_patches=), and how many tokens before them (num_prefix_tokens=)."
             )
         for name, value in layer.arguments().items():

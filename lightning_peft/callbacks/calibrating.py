@@ -14,6 +14,7 @@ from lightning_peft.callbacks.probe import batch_losses
 from lightning_peft.callbacks.resuming import data_state, random_state, set_data_state
 from lightning_peft.engine import AdapterError, Method, adapter_state, calibrate, load_adapter_state
 from lightning_peft.engine.calibration import CALIBRATED
+from lightning_peft.engine.errors import joined
 from lightning_peft.engine.inject import record_of
 from lightning_peft.interop.files import adapted_root
 
@@ -37,11 +38,12 @@ def calibrate_on_training_data(
         return
     if any(parameter.is_meta for parameter in root.parameters()):
         raise AdapterError(
-            f"{', '.join(waiting)}: a start is measured with the values of the base, and it has none (meta device). "
-            "Build the model with its weights, or start from an adapter that was measured: PEFT(init_from=...)."
+            f"PEFT: the start of {joined(waiting)} is measured with the values of the base, which has none (meta "
+            "device). Build the model with its weights, or start from an adapter that was measured: "
+            "PEFT(init_from=...)."
         )
     before = random_state()
-    source = _training_data(trainer)
+    source = _training_data(trainer, waiting)
     loaders = getattr(source, "flattened", [source])
     before |= {"own": data_state(loaders)["own"]}
     precision = trainer.precision_plugin
@@ -51,7 +53,10 @@ def calibrate_on_training_data(
     try:
         data = list(itertools.islice(iter(source), batches))
         if not data:
-            raise AdapterError(f"{', '.join(waiting)}: there is no batch in the training data to measure a start on.")
+            raise AdapterError(
+                f"PEFT: the start of {joined(waiting)} is measured on training data, and there is no batch in it. Give "
+                "fit a train_dataloader that has some."
+            )
         with Progress(transient=True, disable=trainer.progress_bar_callback is None) as progress:
             task = progress.add_task("Calibrating", total=None)
 
@@ -74,9 +79,12 @@ def calibrate_on_training_data(
             load_adapter_state(root, trainer.strategy.broadcast(whole), name)
 
 
-def _training_data(trainer: L.Trainer) -> Any:
+def _training_data(trainer: L.Trainer, waiting: list[str]) -> Any:
     source = trainer.fit_loop._data_source
     if not source.is_defined():
-        raise AdapterError("the start is measured on training data, and there is none: give fit a train_dataloader.")
+        raise AdapterError(
+            f"PEFT: the start of {joined(waiting)} is measured on training data, and there is none. Give fit a "
+            "train_dataloader."
+        )
     loaders = source.dataloader()
     return loaders if not isinstance(loaders, list | tuple | dict) else L.pytorch.utilities.CombinedLoader(loaders)

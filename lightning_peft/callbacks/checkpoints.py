@@ -88,7 +88,9 @@ def on_load(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if facts is not None:
         stored = {name: method_from(adapter) for name, adapter in facts["adapters"].items()}
         if stored != methods:
-            raise AdapterFileError(f"the checkpoint was made with {stored}, but the model has {methods}. Use the same.")
+            raise AdapterFileError(
+                f"PEFT: the checkpoint was made with {stored}, but the model has {methods}. Use the same."
+            )
         if facts.get("holds", "adapter") == "adapter":
             check_base(fingerprint(root), facts.get("base"), "this checkpoint")
     if "state_dict" not in checkpoint:  # the strategy loads the values by itself
@@ -97,8 +99,9 @@ def on_load(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         holder[key] = live_names(module, holder[key])
     if facts is None and not _tensors(module, _of_adapters(root)).keys() & checkpoint["state_dict"].keys():
         raise AdapterFileError(
-            f"the checkpoint holds no adapter, but the model has {', '.join(map(repr, methods))}. Load a checkpoint of "
-            "the base before PEFT adapts it: module.load_state_dict(torch.load(path)['state_dict']), then fit."
+            f"PEFT: the checkpoint holds no adapter, but the model has {', '.join(map(repr, methods))}. Load a "
+            "checkpoint of the base before PEFT adapts it: module.load_state_dict(torch.load(path)['state_dict']), "
+            "then fit."
         )
     states = list(_model_states(checkpoint))
     for holder, key in states:
@@ -127,7 +130,7 @@ def inject_from(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     facts = _facts_of(module, checkpoint)
     if facts is None:
         raise AdapterFileError(
-            f"the checkpoint holds no adapter. Load it with {type(module).__name__}.load_from_checkpoint(path)."
+            f"PEFT: the checkpoint holds no adapter. Load it with {type(module).__name__}.load_from_checkpoint(path)."
         )
     for name, adapter in facts["adapters"].items():
         inject(module, method_from(adapter), name)
@@ -149,14 +152,14 @@ def check_can_merge(module: nn.Module) -> None:
             parameter = slot._parameters[name]
             if parameter is None:
                 raise MergeError(
-                    f"save='merged': merging adds a {name} to {path!r}, which the base does not have, so the file "
-                    "would not load into it. Leave that layer out with exclude_modules, or use save='adapter'."
+                    f"PEFT(save='merged'): merging adds a {name} to {path!r}, which the base does not have, so the "
+                    "file would not load into it. Leave that layer out with exclude_modules, or use save='adapter'."
                 )
             others = [owner for owner in owners[id(parameter)] if owner != f"{prefix}{path}.{name}"]
             if others:
                 raise MergeError(
-                    f"save='merged': the {name} of {path!r} is tied to {others[0]!r}, and merging changes only one of "
-                    "them. Leave that layer out with exclude_modules, or use save='adapter'."
+                    f"PEFT(save='merged'): the {name} of {path!r} is tied to {others[0]!r}, and merging changes only "
+                    "one of them. Leave that layer out with exclude_modules, or use save='adapter'."
                 )
 
 
@@ -279,7 +282,7 @@ def _facts_of(module: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any] |
     if facts.get("holds") == "merged":
         cls = type(module).__name__
         raise AdapterFileError(
-            f"the checkpoint holds merged weights, and no adapter to go on with. They go into a plain {cls}: "
+            f"PEFT: the checkpoint holds merged weights, and no adapter to go on with. They go into a plain {cls}: "
             f"{cls}.load_from_checkpoint(path), without PEFT. A run that is to be resumed needs PEFT(save='adapter') "
             "or PEFT(save='full')."
         )
@@ -318,4 +321,4 @@ def _warn_once_of_nan(module: nn.Module, checkpoint: Mapping[str, Any], saving: 
     except AdapterFileError as error:
         saving.warned = True
         step = checkpoint.get("global_step", "?")
-        rank_zero_warn(f"the checkpoint of step {step} will be refused when it is loaded: {error}")
+        rank_zero_warn(f"PEFT: the checkpoint of step {step} will be refused when it is loaded: {error}")

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.engine import AdapterError, Method, adapters_of
+from lightning_peft.engine.errors import joined
 from lightning_peft.engine.inject import has_record
 from lightning_peft.engine.slots import base_parameters
 from lightning_peft.interop.files import adapted_root
@@ -22,14 +23,14 @@ def check_trainer(trainer: Any, module: nn.Module) -> None:
     if not isinstance(trainer, Trainer):
         package = type(trainer).__module__.partition(".")[0]
         raise AdapterError(
-            f"this callback belongs to the package lightning, the Trainer to {package}, which has classes of its own. "
-            "Import both from one: import lightning as L."
+            f"PEFT: this callback belongs to the package lightning, the Trainer to {package}, which has classes of its "
+            "own. Import both from one: import lightning as L."
         )
     start = getattr(trainer.strategy.launcher, "_start_method", None)
     if start is not None and not has_record(adapted_root(module)):
         raise AdapterError(
-            f"the strategy starts its processes by {start}, and what is injected there does not come back. Inject "
-            "before fit: inject(module, method), with the method that PEFT is given; or use strategy='ddp'."
+            f"PEFT: the strategy starts its processes by {start}, and what is injected there does not come back. "
+            "Inject before fit: inject(module, method), with the method that PEFT is given; or use strategy='ddp'."
         )
 
 
@@ -69,15 +70,15 @@ def check_gradients(root: nn.Module, optimizer: Optimizer) -> None:
     in_place = [name for name, p in base_parameters(root).items() if id(p) in idle]
     if adapters:
         rank_zero_warn(
-            f"{len(adapters)} adapters got no gradient in the first step: {', '.join(adapters[:3])}, ... Either "
+            f"PEFT: {len(adapters)} adapters got no gradient in the first step ({joined(adapters)}). Either "
             "their layers were not used in this batch, or their weights are read in a way that hides it (a helper "
             "function that is handed the layer, getattr): such an adapter has no effect. Leave those layers out "
             "with exclude_modules, or let the model call them."
         )
     if in_place:
         rank_zero_warn(
-            f"{len(in_place)} parameters that are trained in place got no gradient in the first step: "
-            f"{', '.join(in_place[:3])}, ... Their layers were not used in this batch, or the loss does not depend "
+            f"PEFT: {len(in_place)} parameters that are trained in place got no gradient in the first step "
+            f"({joined(in_place)}). Their layers were not used in this batch, or the loss does not depend "
             "on them. Leave them out with exclude_modules or modules_to_save."
         )
 
@@ -87,7 +88,7 @@ def check_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if trainer.optimizers and missing:
         raise AdapterError(
-            f"{len(missing)} parameters are to be trained but are in no optimizer: {', '.join(missing[:3])}, ... "
+            f"PEFT: {len(missing)} parameters are to be trained but are in no optimizer ({joined(missing)}). "
             "Make the optimizer in configure_optimizers, from self.parameters() or those that require gradients."
         )
 
@@ -97,7 +98,7 @@ def check_precision(module: nn.Module) -> None:
     half = [name for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if half:
         raise AdapterError(
-            f"{len(half)} parameters of the base are to be trained in float16: {', '.join(half[:3])}, ... They would "
+            f"PEFT: {len(half)} parameters of the base are to be trained in float16 ({joined(half)}). They would "
             "become NaN within a few steps (adapters would not: they stay in float32). Use precision='bf16-true', or "
             "'16-mixed' on a GPU, or train adapters alone."
         )

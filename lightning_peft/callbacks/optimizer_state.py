@@ -49,7 +49,7 @@ def restore_by_name(
     """
     if len(optimizers) != len(stored):
         raise AdapterFileError(
-            f"the checkpoint has the state of {len(stored)} optimizers, but configure_optimizers makes "
+            f"PEFT: the checkpoint has the state of {len(stored)} optimizers, but configure_optimizers makes "
             f"{len(optimizers)}. Make as many, or start afresh: PEFT(init_from=folder)."
         )
     for optimizer, before in zip(optimizers, stored, strict=True):
@@ -65,7 +65,7 @@ def restore_by_name(
         fresh = [name for name, p in module.named_parameters() if p.requires_grad and plain_name(name) in new]
         if fresh:
             rank_zero_warn(
-                f"the checkpoint has no optimizer state for {len(fresh)} parameters, which start afresh: "
+                f"PEFT: the checkpoint has no optimizer state for {len(fresh)} parameters, which start afresh: "
                 f"{', '.join(fresh[:5])}{', ...' if len(fresh) > 5 else ''}."
             )
 

@@ -47,6 +47,7 @@ from lightning_peft.engine import (
 )
 from lightning_peft.engine.activation_checkpointing import inputs_require_grad
 from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.slots import is_sharded
 from lightning_peft.engine.training import Event
 from lightning_peft.interop import HFPEFT, load_adapter, read_adapter, save_adapter
@@ -68,7 +69,7 @@ class PEFT(L.Callback):
     Args:
         method: a method, several (applied in order), a registry name such as ``"lora"``, a ``peft.PeftConfig``
             (`HFPEFT`), or None to take the one that made the adapter in ``init_from``.
-        name: under which name; with several methods each gets ``name-method``.
+        name: name of the adapter; with several methods each gets ``name-method``.
         init_from: adapter folder to start from, as written by ``save_adapter``; the optimizer starts fresh.
         save_to: folder to write the adapter to when training ends; with several methods one folder each inside it.
         summary: print the table of what was adapted when training starts.
@@ -76,7 +77,7 @@ class PEFT(L.Callback):
             base too; ``"merged"``, weights for a model without adapters, which cannot be resumed.
         telemetry: log for each layer, with every ``log_every_n_steps``, the norms of its change and gradient, its share
             of the whole change, whether it trains at the moment, and how many directions its low-rank adapters use.
-        calibration_batches: batches of the training data that methods measure their start on, those that do.
+        calibration_batches: batches of the training data on which methods that are calibrated measure their start.
         kernels: ``"auto"`` computes norms, gates, activations and rotations of known types, and the logits of a wide
             output head, by the operations of ``lightning_peft.kernels`` while training: they save less for the
             backward pass, and the last digits differ. ``"off"`` leaves all as the model has it.
@@ -101,13 +102,13 @@ class PEFT(L.Callback):
         calibration_batches: int = 8,
         kernels: Literal["auto", "off"] = "auto",
     ) -> None:
-        if save not in get_args(checkpoints.Save):
-            raise AdapterError(f"PEFT: save must be one of {', '.join(get_args(checkpoints.Save))}, got {save!r}.")
+        saves = get_args(checkpoints.Save)
+        check_range("PEFT", "save", save, save in saves, one_of(saves))
         self.method, self.name, self.init_from, self.save_to, self.summary = method, name, init_from, save_to, summary
         self.save, self.telemetry, self.calibration_batches = save, telemetry, calibration_batches
-        check_range("PEFT", "kernels", kernels, kernels in ("auto", "off"), "one of auto, off")
+        check_range("PEFT", "kernels", kernels, kernels in ("auto", "off"), one_of(("auto", "off")))
         self.kernels = kernels
-        check_range("PEFT", "calibration_batches", calibration_batches, calibration_batches >= 1, "at least 1")
+        check_range("PEFT", "calibration_batches", calibration_batches, calibration_batches >= 1, "an integer >= 1")
         self._telemetry: Telemetry | None = None
         self.methods = _named(method, name, init_from)
         self._to_load: str | None = None
@@ -137,7 +138,7 @@ class PEFT(L.Callback):
         twins = [c for c in trainer.callbacks if isinstance(c, PEFT) and c.methods.keys() & self.methods.keys()]  # type: ignore[attr-defined]
         if len(twins) > 1:
             raise AdapterError(
-                f"the Trainer has {len(twins)} PEFT callbacks for the adapter {self.name!r}. Keep one, or give each a "
+                f"PEFT: the Trainer has {len(twins)} callbacks for the adapter {self.name!r}. Keep one, or give each a "
                 "name of its own: PEFT(method, name='second')."
             )
         checks.check_trainer(trainer, pl_module)
@@ -173,8 +174,8 @@ class PEFT(L.Callback):
         trainable, total = trainable_share(pl_module)
         if not trainable:
             raise AdapterError(
-                f"no parameter of {type(pl_module).__name__} requires gradients: something froze the adapters after "
-                "they were injected. Freeze before fit, or let PEFT do it."
+                f"PEFT: no parameter of {type(pl_module).__name__} requires gradients: something froze the adapters "
+                "after they were injected. Freeze before fit, or let PEFT do it."
             )
         check_sharding(trainer.strategy, pl_module)
         checks.check_optimizers(trainer, pl_module)
@@ -316,12 +317,13 @@ class PEFT(L.Callback):
     def _set_up_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         asked = {c.save for c in trainer.callbacks if isinstance(c, PEFT)}  # type: ignore[attr-defined]
         if len(asked) > 1:
-            raise AdapterError(f"the PEFT callbacks ask for save={' and '.join(sorted(asked))}. Give all the same.")
+            wanted = " and ".join(f"save={save!r}" for save in sorted(asked))
+            raise AdapterError(f"PEFT: the callbacks ask for {wanted}. Give all the same.")
         sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
         if self.save == "merged" and sharded:
             raise AdapterError(
-                f"save='merged' cannot fold weights that {type(trainer.strategy).__name__} shards. Use save='adapter', "
-                "and merge after training."
+                f"PEFT(save='merged'): weights that {type(trainer.strategy).__name__} shards cannot be merged. Use "
+                "save='adapter', and merge after training."
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -377,7 +379,7 @@ def _named(method: Any, name: str, init_from: str | None) -> dict[str, Method]:
             raise AdapterError("PEFT: give a method such as LoRA(r=8), or a folder in init_from to take it from.")
         facts, _, _ = read_adapter(init_from)
         if facts is None:
-            raise AdapterError(f"PEFT: {init_from} does not say which method made it. Give the method too.")
+            raise AdapterError(f"PEFT: init_from={init_from!r} does not say which method made it. Give the method too.")
         method = method_from(facts)
     several: Sequence[Any] = method if isinstance(method, list | tuple) else [method]
     found = [get_method(m)() if isinstance(m, str) else m for m in several]
@@ -389,7 +391,10 @@ def _named(method: Any, name: str, init_from: str | None) -> dict[str, Method]:
     if not found or len(set(names)) < len(names):
         raise AdapterError(f"PEFT: expected one or more methods of different kinds, got {found!r}.")
     if init_from is not None and len(found) > 1:
-        raise AdapterError("PEFT: init_from is one adapter, so it goes with one method.")
+        raise AdapterError(
+            f"PEFT: init_from={init_from!r} is one adapter, and there are {len(found)} methods. Use a callback for "
+            "each."
+        )
     return dict(zip(names, found, strict=True))
 
 

@@ -33,8 +33,8 @@ def batch_losses(
     """
     if not module.automatic_optimization:
         raise AdapterError(
-            "the loss of a batch cannot be measured on the side: training_step optimizes by itself. Use automatic "
-            "optimization, or another method."
+            "PEFT: the loss of a batch cannot be measured on the side, because training_step optimizes by itself. Use "
+            "automatic optimization, or another method."
         )
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     arguments = (batch, batch_idx) if takes_index else (batch,)
@@ -44,7 +44,10 @@ def batch_losses(
         answer = module.training_step(*arguments)
     losses = answer if isinstance(answer, Mapping) else {"loss": answer}
     if not isinstance(losses.get("loss"), Tensor):
-        raise AdapterError(f"training_step returned {type(answer).__name__} where the loss of a batch is measured.")
+        raise AdapterError(
+            f"PEFT: training_step returned {type(answer).__name__} where the loss of a batch is measured. Let it "
+            "return the loss, or a mapping with it under 'loss'."
+        )
     return {key: value for key, value in losses.items() if isinstance(value, Tensor)}
 
 

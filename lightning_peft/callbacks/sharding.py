@@ -20,7 +20,7 @@ def check_mesh(strategy: Any) -> None:
     names = getattr(mesh, "mesh_dim_names", None) or ()
     if mesh is not None and "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
         size = mesh["tensor_parallel"].size()
-        raise AdapterError(f"{type(strategy).__name__} has tensor_parallel_size={size}. {_NO_TENSOR_PARALLEL}")
+        raise AdapterError(f"PEFT: {type(strategy).__name__} has tensor_parallel_size={size}. {_NO_TENSOR_PARALLEL}")
 
 
 def check_sharding(strategy: Any, module: nn.Module) -> None:
@@ -38,15 +38,15 @@ def check_sharding(strategy: Any, module: nn.Module) -> None:
     split = [n for n, places in placed.items() if not fsdp or sum(not p.is_replicate() for p in places) > 1]
     if split:
         raise AdapterError(
-            f"{len(split)} parameters are tensor parallel, among them {split[0]!r}. {_NO_TENSOR_PARALLEL}"
+            f"PEFT: {len(split)} parameters are tensor parallel, among them {split[0]!r}. {_NO_TENSOR_PARALLEL}"
         )
     if placed and not getattr(strategy, "averages_whole_parameters", False):
         adapters = adapters_of(adapted_root(module))
         whole = [path for path, _, a in adapters if not all(hasattr(p, "placements") for p in a.parameters())]
         if whole:
             raise AdapterError(
-                f"the model was sharded (fully_shard) before adapters came in: {len(whole)} of them are whole, among "
-                f"them that on {whole[0]!r}, and {type(strategy).__name__} would not average their gradients, so that "
-                "ranks would drift apart. Use strategy='peft_fsdp', or inject(self, method) before fully_shard in "
-                "configure_model."
+                f"PEFT: the model was sharded (fully_shard) before adapters came in: {len(whole)} of them are whole, "
+                f"among them that on {whole[0]!r}, and {type(strategy).__name__} would not average their gradients, so "
+                "that ranks would drift apart. Use strategy='peft_fsdp', or inject(self, method) before fully_shard "
+                "in configure_model."
             )

@@ -137,7 +137,9 @@ class TelemetryPicture(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw."""
         if not self.rows:
-            raise AdapterError("TelemetryPicture has nothing to draw. Let PEFT log it: PEFT(method, telemetry=True).")
+            raise AdapterError(
+                "TelemetryPicture: there is nothing to draw. Let PEFT log it: PEFT(method, telemetry=True)."
+            )
         self._draw()
 
     @rank_zero_only

@@ -164,7 +164,7 @@ def calibrate(model: nn.Module, losses: Sequence[Callable[[], Loss]], name: str 
     injection = record_of(model).injections[name]
     who = type(injection.method).__name__
     if not losses:
-        raise AdapterError(f"{who} measures its start on data, and there is no batch. Give it some training data.")
+        raise AdapterError(f"{who}: its start is measured on data, and there is no batch. Give it some training data.")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -181,7 +181,7 @@ def check_calibrated(model: nn.Module, name: str) -> None:
     state, method = record_of(model).injections[name].state, record_of(model).injections[name].method
     if CALIBRATED in state and not state[CALIBRATED]:
         raise AdapterError(
-            f"{type(method).__name__} measures its start on data, which was not done. Train with the PEFT callback, or "
+            f"{type(method).__name__}: its start is measured on data, and was not. Train with the PEFT callback, or "
             "call calibrate(model, losses) behind inject."
         )
 

@@ -1,6 +1,6 @@
 """Errors that say what happened, what was expected, the nearest valid names, and what to do next."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -17,7 +17,16 @@ class MergeError(AdapterError):
 
 
 class AdapterFileError(AdapterError):
-    """An adapter file is torn, foreign, unsafe, or belongs to another model."""
+    """An adapter file is damaged, of another kind, unsafe, or belongs to another model."""
+
+
+def joined(names: Sequence[str]) -> str:
+    """The first three of ``names``.
+
+    >>> joined(["a", "b", "c", "d"])
+    "'a', 'b', 'c', ..."
+    """
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 3) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.codes import can_train, first_and_last, linear_size
-from lightning_peft.engine.errors import AdapterError, TargetError, nearest
+from lightning_peft.engine.errors import AdapterError, TargetError, joined, nearest
 from lightning_peft.engine.method import Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
 from lightning_peft.engine.slots import Adapter, Layer, adapters_of
@@ -96,7 +96,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     Args:
         model: any module with parameters.
         method: what to inject.
-        name: under which name; neither ``.`` nor ``:`` may occur in it, and attributes of ``nn.ModuleDict`` are taken.
+        name: name of the adapter, without ``.`` and ``:``; attributes of ``nn.ModuleDict`` are taken.
 
     Raises:
         TargetError: the method finds nothing to adapt, or something that it cannot adapt.
@@ -156,8 +156,8 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
     shared = Counter(n for name in wanted for n in record.injections[name].in_place)
     if shared and shared.most_common(1)[0][1] > 1:
         raise AdapterError(
-            f"{shared.most_common(1)[0][0]!r} is trained in place by several of {', '.join(wanted)}: only one of them "
-            "can act at a time."
+            f"set_active: {shared.most_common(1)[0][0]!r} is trained in place by several of {joined(wanted)}, and only "
+            "one of them can act at a time. Name that one."
         )
     for _, module in slots.slots(model):
         slots.set_active(module, wanted)
@@ -288,24 +288,28 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     if not isinstance(method, Method):
         raise AdapterError(f"inject: expected a method such as LoRA(r=8), got {method!r}.")
     if not name or "." in name or ":" in name:
-        raise AdapterError(f"inject: an adapter name is not empty and has no '.' or ':', got {name!r}.")
+        raise AdapterError(f"inject: name must be a string without '.' or ':', and not empty, got {name!r}.")
     if hasattr(slots.Adapters(), name):
-        raise AdapterError(f"inject: {name!r} is an attribute of nn.ModuleDict, so no adapter can have that name.")
+        raise AdapterError(f"inject: name {name!r} is taken by an attribute of nn.ModuleDict. Choose another.")
     if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
-        raise TargetError(f"{type(model).__name__} has no parameters to adapt. Inject after its layers are built.")
+        raise TargetError(
+            f"inject: {type(model).__name__} has no parameters to adapt. Inject after its layers are built."
+        )
     if not has_record(model):
         inner = next((n for n, m in model.named_modules() if has_record(m)), None)
         if inner is not None:
-            raise AdapterError(f"the submodule {inner!r} was adapted before. Inject into that one, or unload it first.")
+            raise AdapterError(
+                f"inject: the submodule {inner!r} was adapted before. Inject into that one, or unload it first."
+            )
         return None
     record = record_of(model)
     if record.merged is not None:
-        raise AdapterError("the adapters are merged into the base. unmerge(model) before injecting more.")
+        raise AdapterError("inject: the adapters are merged into the base. unmerge(model) before injecting more.")
     check_not_routed(record)
     existing = record.injections.get(name)
     if existing is not None and existing.method != method:
         raise AdapterError(
-            f"the adapter name {name!r} is taken by {existing.method}; asked for now: {method}. "
+            f"inject: the adapter name {name!r} is taken by {existing.method}; asked for now: {method}. "
             f"unload(model, {name!r}) first. Or take another name, and unload this one when the new one is there: so "
             "it stays if that fails."
         )
@@ -369,8 +373,8 @@ def _stored(model: nn.Module, method: Method, targets: list[Target]) -> list[tup
     for target in targets:
         if method.changes_base and slots.in_codes(target.module, target.site):
             raise TargetError(
-                f"{type(method).__name__}: the weight of {target.name!r} is in codes of another library already. "
-                "Use LoRA."
+                f"{type(method).__name__}: the weight of {target.name!r} is quantised by another library "
+                "already. Use LoRA."
             )
         weight = target.module._parameters.get(target.site.weight)
         kept = weight if weight is None else method.stored(weight, target)
@@ -445,13 +449,15 @@ def check_known(record: Record, names: Iterable[str]) -> None:
     for name in names:
         if name not in record.injections:
             there = ", ".join(record.injections)
-            raise AdapterError(f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there}.")
+            raise AdapterError(
+                f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there or 'none'}."
+            )
 
 
 def check_not_routed(record: Record) -> None:
     """Raise an `AdapterError` while each sample of a batch has an adapter of its own."""
     if record.routed:
         raise AdapterError(
-            "routed(model, ...) lasts still, and puts back what acted before when it ends. Leave it before you change "
+            "routed: its block has not ended, and puts back what acted before when it does. Leave it before you change "
             "adapters; inside, routed(model, ['none']) answers as the base."
         )

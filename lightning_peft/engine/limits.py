@@ -11,7 +11,7 @@ lightning_peft.engine.errors.AdapterError: Recipe: r must be an integer >= 1, go
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from lightning_peft.engine.errors import AdapterError
@@ -22,6 +22,9 @@ class Limit(NamedTuple):
 
     expected: str
     holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:  # stands in signatures, and so in ``--help``
+        return repr(self.expected)
 
 
 def _number(value: Any) -> bool:
@@ -34,13 +37,13 @@ def _all_strings(value: Any) -> bool:
 
 Count = Annotated[int, Limit("an integer >= 1", lambda v: isinstance(v, int) and v >= 1)]
 WholeNumber = Annotated[int, Limit("an integer >= 0", lambda v: isinstance(v, int) and v >= 0)]
-Positive = Annotated[float, Limit("above 0", lambda v: _number(v) and v > 0)]
-NonNegative = Annotated[float, Limit("at least 0", lambda v: _number(v) and v >= 0)]
-NonZero = Annotated[float, Limit("different from 0", lambda v: _number(v) and v != 0)]
-OneOrMore = Annotated[float, Limit("at least 1", lambda v: _number(v) and v >= 1)]
-Probability = Annotated[float, Limit("in [0, 1)", lambda v: _number(v) and 0 <= v < 1)]
+Positive = Annotated[float, Limit("a number > 0", lambda v: _number(v) and v > 0)]
+NonNegative = Annotated[float, Limit("a number >= 0", lambda v: _number(v) and v >= 0)]
+NonZero = Annotated[float, Limit("a number other than 0", lambda v: _number(v) and v != 0)]
+OneOrMore = Annotated[float, Limit("a number >= 1", lambda v: _number(v) and v >= 1)]
+Probability = Annotated[float, Limit("a number in [0, 1)", lambda v: _number(v) and 0 <= v < 1)]
 Patterns = Annotated[str | tuple[str, ...], Limit("a pattern or several", lambda v: _all_strings(v))]
-Share = Annotated[float, Limit("between 0 and 1", lambda v: _number(v) and 0 < v < 1)]
+Share = Annotated[float, Limit("a number in (0, 1)", lambda v: _number(v) and 0 < v < 1)]
 
 
 def check_fields(method: Any) -> None:
@@ -56,13 +59,18 @@ def _limited(name: str, value: Any, annotation: Any) -> Iterator[tuple[str, Any,
     if origin is Annotated:
         yield from ((name, value, limit) for limit in annotation.__metadata__ if isinstance(limit, Limit))
     elif origin is Literal:
-        yield name, value, Limit(f"one of {', '.join(map(str, parts))}", lambda v: v in parts)
+        yield name, value, Limit(one_of(parts), lambda v: v in parts)
     elif origin is dict:
         for key, item in value.items():
             yield from _limited(f"{name}[{key!r}]", item, parts[1])
     elif type(None) in parts and value is not None:
         for part in parts:
             yield from _limited(name, value, part)
+
+
+def one_of(choices: Iterable[Any]) -> str:
+    """What is expected where these are all that is allowed."""
+    return f"one of {', '.join(map(repr, choices))}"
 
 
 def check_range(who: str, field: str, value: Any, ok: bool, expected: str) -> None:

@@ -49,18 +49,18 @@ def merge(model: ModelT, *, keep_base: bool = True, dequantize: bool = False) ->
     Args:
         model: the model that was given to `inject`.
         keep_base: keep the base weights and the adapters, so that `unmerge` can put them back bit for bit.
-        dequantize: turn each adapted layer that another library keeps in codes into a plain ``nn.Linear`` in the dtype
+        dequantize: turn each adapted layer that another library has quantised into a plain ``nn.Linear`` in the dtype
             of the model (a warning says what that costs); without it, such a layer is an error. It gives what the
             quantised layer with its adapters gave, to within rounding: not what it gave before it was quantised.
 
     Raises:
-        MergeError: an adapter cannot be merged, or holds NaN or infinite values, or sits on a layer in codes;
+        MergeError: an adapter cannot be merged, or holds NaN or infinite values, or sits on a quantised layer;
             nothing has been changed then.
         AdapterError: nothing was injected into this model, or it is called inside of `routed`.
     """
     record = record_of(model)
     if record.merged is not None:
-        raise MergeError("the adapters are merged already.")
+        raise MergeError("merge: the adapters are merged already. unmerge(model) takes them out again.")
     check_not_routed(record)
     active = tuple(name for name, injection in record.injections.items() if injection.active)
     acting = [(path, module, a) for name in active for path, module, a in adapters_of(model, name)]
@@ -80,7 +80,9 @@ def merge(model: ModelT, *, keep_base: bool = True, dequantize: bool = False) ->
             continue
         if slots.in_codes(module, next(iter(module.adapters.values())).site):  # type: ignore[operator]
             if module is model:
-                raise MergeError("the model is that layer itself, which nothing holds. Put it into nn.Sequential.")
+                raise MergeError(
+                    "merge: the model is that layer itself, so no other can take its place. Put it into nn.Sequential."
+                )
             plain[path] = _plain_linear(module, new)
             continue
         kept[path] = {name: module._parameters[name] for name in new}
@@ -118,7 +120,7 @@ def unmerge(model: ModelT) -> ModelT:
     """
     record = model.__dict__.get("_peft")
     if record is None or record.merged is None:
-        raise MergeError("there is nothing to unmerge: merge(model) was not called, or with keep_base=False.")
+        raise MergeError("unmerge: nothing is merged, or it was with keep_base=False. Call merge(model) first.")
     merged: Merged = record.merged
     for path, layer in merged.coded.items():
         plain = model.get_submodule(path)
@@ -198,12 +200,12 @@ def merged_parameters(module: Any, dtype: torch.dtype | None = None, dequantize:
             if coded and not dequantize:
                 because = slots.in_codes_because(module, site)
                 raise MergeError(
-                    f"nothing can be merged: {because} merge(model, dequantize=True) puts a plain one there."
+                    f"merge: nothing can be merged: {because} merge(model, dequantize=True) puts a plain one there."
                 )
             try:
                 weight, bias = slots.values(module, site)
             except AdapterError as error:
-                raise MergeError(f"nothing can be merged: {error}") from None
+                raise MergeError(f"merge: nothing can be merged: {error}") from None
             values_in, exact = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
             weight, bias = weight.to(exact), None if bias is None else bias.to(exact)
             with torch.no_grad():
@@ -266,7 +268,7 @@ def check_mergeable(acting: list[tuple[str, nn.Module, Adapter]]) -> None:
     if refused:
         path, reason = refused[0]
         others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise MergeError(f"the adapter on {path!r}{others} cannot be merged: {reason} Keep it as an adapter.")
+        raise MergeError(f"merge: the adapter on {path!r}{others} cannot be merged: {reason} Keep it as an adapter.")
 
 
 def check_finite(state: Mapping[str, Tensor], error: type[Exception]) -> None:

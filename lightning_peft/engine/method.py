@@ -297,7 +297,7 @@ def register(name: str) -> Callable[[M], M]:
         taken = METHODS.get(name)
         # the same class again is a file that was loaded anew, or a cell of a notebook that was run twice
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise AdapterError(f"the method name {name!r} is taken by {taken.__qualname__}. Choose another.")
+            raise AdapterError(f"register: the method name {name!r} is taken by {taken.__qualname__}. Choose another.")
         # lightning_peft.methods.lora.lora -> lora; a method of a script or a notebook is a family by itself
         cls.name, cls.family = name, (cls.__module__.split(".")[-2:-1] or [cls.__module__])[0]
         cls.__repr__ = _changed_arguments  # type: ignore[method-assign]

@@ -38,7 +38,7 @@ def routed(model: ModelT, adapter_names: Sequence[str]) -> Iterator[ModelT]:
     Raises:
         AdapterError: there is no adapter of that name, or it cannot act on a part of a batch: it trains parameters in
             place, sits around more than one layer, or on a weight that is read without a call of its layer. Or the
-            adapters are merged. Inside: a layer is given a batch that fits not the number of names.
+            adapters are merged. Inside: a layer is given a batch that does not fit the number of names.
     """
     record = record_of(model)
     names = _checked(record, adapter_names)
@@ -65,7 +65,9 @@ def _checked(record: Record, adapter_names: Sequence[str]) -> tuple[str, ...]:
         )
     names = tuple(adapter_names)
     if record.merged is not None:
-        raise AdapterError("the adapters are merged into the base. unmerge(model) before routing samples to them.")
+        raise AdapterError(
+            "routed: the adapters are merged into the base. unmerge(model) before routing samples to them."
+        )
     if BASE in record.injections:
         raise AdapterError(f"routed: {BASE!r} stands for the base, but an adapter has that name. Inject it as another.")
     wanted = [name for name in dict.fromkeys(names) if name != BASE]
@@ -75,8 +77,8 @@ def _checked(record: Record, adapter_names: Sequence[str]) -> tuple[str, ...]:
             what = "cannot be routed" if name in wanted else "is active, so that no sample would see the base"
             fix = "Leave it out" if name in wanted else "set_active(model, ()) first"
             raise AdapterError(
-                f"adapter {name!r} trains parameters in place ({next(iter(injection.in_place))!r}), which all samples "
-                f"of a batch share: it {what}. {fix}, or run batches of its own for it."
+                f"routed: adapter {name!r} trains parameters in place ({next(iter(injection.in_place))!r}), which all "
+                f"samples of a batch share: it {what}. {fix}, or run batches of its own for it."
             )
     return names
 
@@ -93,8 +95,8 @@ def _route(path: str, module: nn.Module, names: Sequence[str], is_read: bool, sp
             else:
                 continue
             raise AdapterError(
-                f"adapter {name!r} cannot be routed: {type(adapter).__name__} {because}, so that it cannot act on some "
-                "samples of a batch. Run batches of its own for it."
+                f"routed: adapter {name!r} cannot be routed: {type(adapter).__name__} {because}, so that it cannot act "
+                "on some samples of a batch. Run batches of its own for it."
             )
     return _Route(path, [stacks[name] for name in names], spread) if any(stacks.values()) else None
 

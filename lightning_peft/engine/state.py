@@ -196,7 +196,9 @@ def check_base(here: Mapping[str, Any], there: Mapping[str, Any] | None, source:
         AdapterFileError: they differ; a base without values (meta device) is compared by structure alone.
     """
     if not there or not here.keys() <= there.keys():
-        raise AdapterFileError(f"{source} does not say on which base the adapter was trained: it is torn or foreign.")
+        raise AdapterFileError(
+            f"{source} does not say on which base the adapter was trained: it is damaged, or of another kind."
+        )
     same_structure = here["structure"] == there["structure"]
     if same_structure and (None in (here["values"], there["values"]) or here["values"] == there["values"]):
         return

@@ -132,7 +132,9 @@ def matches(pattern: str, name: str, module: nn.Module | None = None) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise TargetError(f"{pattern!r} is neither a name in the model nor a regular expression: {error}.") from None
+        raise TargetError(
+            f"{pattern!r} is neither a name in the model nor a regular expression ({error}). Give one of them."
+        ) from None
 
 
 def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -184,7 +186,10 @@ def select_targets(
     if layers_to_transform is not None:
         chosen = keep_layers(chosen, layers_to_transform, who)
     if not chosen:
-        raise TargetError(f"{who}: exclude_modules left nothing of target_modules {target_modules!r} to adapt.")
+        raise TargetError(
+            f"{who}: exclude_modules {exclude_modules!r} left nothing of target_modules {target_modules!r} to adapt. "
+            "Leave fewer layers out."
+        )
     return [t for t in supported if t.name in chosen]
 
 
@@ -304,7 +309,9 @@ def keep_layers(names: Iterable[str], indices: Sequence[int], who: str) -> set[s
     missing = sorted(set(indices) - set(index.values()))
     if missing:
         there = f"0 to {max(index.values())}" if index else "none"
-        raise TargetError(f"{who}: layers_to_transform {missing} matched no block; the targets have blocks {there}.")
+        raise TargetError(
+            f"{who}: layers_to_transform {missing} matched no block. The layers to adapt are in blocks {there}."
+        )
     return {name for name, i in index.items() if i in set(indices)}
 
 

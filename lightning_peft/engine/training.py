@@ -230,8 +230,8 @@ def _check_watched(training: Training) -> None:
     method = training.injection.method
     if method.watched(training.model) and not training.injection.watched:
         raise AdapterError(
-            f"{type(method).__name__} adds terms to the loss of each batch, and nobody did. In manual optimization and "
-            "in a plain loop: loss, terms = total_loss(model, lambda: compute_loss(model, batch))."
+            f"{type(method).__name__} adds terms to the loss of each batch, and this loss is without them. In manual "
+            "optimization and in a plain loop: loss, terms = total_loss(model, lambda: compute_loss(model, batch))."
         )
 
 

@@ -103,9 +103,9 @@ def _check(record: Record, weights: Mapping[str, float], name: str, r: int | Non
             f"combine: there is an adapter {name!r} already. unload(model, {name!r}) first, or name another."
         )
     check_range("combine", "r", r, r is None or (isinstance(r, int) and r >= 1), "an integer >= 1")
-    check_range("combine", "ties", ties, ties is None or 0 < ties <= 1, "a fraction above 0, up to 1")
+    check_range("combine", "ties", ties, ties is None or 0 < ties <= 1, "a number in (0, 1]")
     if ties is not None and r is None:
-        raise AdapterError("combine: TIES gives no low-rank product. Say with r= of which rank it is to become one.")
+        raise AdapterError("combine: TIES gives no low-rank product. Give r, the rank of the one that it becomes.")
     for term in weights:
         check_restorable(record.injections[term])
 

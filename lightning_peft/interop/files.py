@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
 from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
@@ -82,9 +83,9 @@ def save_adapter(
             adapter in the other format.
     """
     if format not in get_args(Format):
-        raise AdapterError(f"save_adapter: format is one of {', '.join(map(repr, get_args(Format)))}, got {format!r}.")
+        raise AdapterError(f"save_adapter: format must be {one_of(get_args(Format))}, got {format!r}.")
     if not isinstance(as_lora, int) or as_lora < 0:
-        raise AdapterError(f"save_adapter: as_lora is True, False or a rank >= 1, got {as_lora!r}.")
+        raise AdapterError(f"save_adapter: as_lora must be True, False or an integer >= 1, got {as_lora!r}.")
     folder, model = Path(folder), adapted_root(model)
     if as_lora and as_lora is not True and is_sharded(model):
         raise AdapterError(
@@ -207,11 +208,11 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     Args:
         model: a model like the one the adapter was made with, or a LightningModule with it inside.
         folder: what to read.
-        name: under which name.
+        name: name that the adapter gets.
         allow_other_base: load although the base weights are not those that the adapter was trained on.
 
     Raises:
-        AdapterFileError: the files are missing, torn, unsafe, of another format, or made for another model.
+        AdapterFileError: the files are missing, damaged, unsafe, of another format, or made for another model.
     """
     facts, config, tensors = read_adapter(folder)
     target = adapted_root(model)
@@ -269,7 +270,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
     The config of a file of diffusers is its ``layout``, and the ``settings`` that it has in its metadata.
 
     Raises:
-        AdapterFileError: the files are missing, torn, or unsafe.
+        AdapterFileError: the files are missing, damaged, or unsafe.
     """
     path = Path(folder)
     file = path if path.is_file() else path / TENSORS
@@ -293,7 +294,9 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
                 f"{file} is a pickle under a false name, which is never read. Take it from where it was saved again, "
                 f"or convert it, by{without_code(file, file.with_suffix('.safetensors'))}"
             ) from None
-        raise AdapterFileError(f"{file} is torn or foreign ({error}). Take it from where it was saved again.") from None
+        raise AdapterFileError(
+            f"{file} is damaged, or of another kind ({error}). Take it from where it was saved again."
+        ) from None
     facts = _parse(metadata[_METADATA], file) if _METADATA in metadata else None
     if diffusers_lora.METADATA in metadata or file.name == diffusers_lora.WEIGHTS:
         stated = metadata.get(diffusers_lora.METADATA)
@@ -304,7 +307,10 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
     config_file = file.parent / CONFIG
     config = _parse(_text(config_file), config_file) if config_file.is_file() else facts
     if config is None:
-        raise AdapterFileError(f"there is no {CONFIG} beside {file}, and the file does not say what it is.")
+        raise AdapterFileError(
+            f"there is no {CONFIG} beside {file}, and the file does not say what it is. Take both from where they were "
+            "saved again."
+        )
     config = {key: value for key, value in config.items() if key != "settings"}  # what files of diffusers have
     if facts:
         check_format(facts, str(file))
@@ -315,17 +321,19 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise AdapterFileError(f"{file} cannot be read ({error}).") from None
+        raise AdapterFileError(f"{file} cannot be read ({error}). Take it from where it was saved again.") from None
 
 
 def check_format(facts: dict[str, Any], source: str) -> None:
     """Raise an `AdapterFileError` if ``source`` was written by a version that knows more than this one."""
     if not isinstance(facts.get("format", 0), int):
-        raise AdapterFileError(f"{source} says that its format is {facts['format']!r}: it is torn or foreign.")
+        raise AdapterFileError(
+            f"{source} says that its format is {facts['format']!r}: it is damaged, or of another kind."
+        )
     if facts.get("format", 0) > FORMAT:
         raise AdapterFileError(
             f"{source} has format {facts['format']}, this library reads up to {FORMAT}: it was written by "
-            f"lightning_peft {facts.get('version')}. Upgrade."
+            f"lightning_peft {facts.get('version')}. Upgrade to that version."
         )
 
 
@@ -346,7 +354,7 @@ def method_from(facts: dict[str, Any]) -> Method:
     """
     if not isinstance(facts.get("method"), str) or not isinstance(facts.get("arguments"), dict):
         raise AdapterFileError(
-            "the file does not say which method made it, with which arguments: it is torn or foreign."
+            "the file does not say which method made it, with which arguments: it is damaged, or of another kind."
         )
     for pattern in strings(facts["arguments"]):
         check_pattern(pattern, "the file")
@@ -354,7 +362,9 @@ def method_from(facts: dict[str, Any]) -> Method:
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(facts["arguments"]) - known)
     if unknown:
-        raise AdapterFileError(f"{cls.__name__} has no argument {unknown[0]!r}: the file is of another version.")
+        raise AdapterFileError(
+            f"{cls.__name__} has no argument {unknown[0]!r}: the file is of another version. Load it with that one."
+        )
 
     def value(stored: Any) -> Any:
         if isinstance(stored, dict) and "method" in stored and "arguments" in stored:  # a method within a method
@@ -386,7 +396,7 @@ def _parse(text: str, file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{file}: the description is torn or foreign ({error}).") from None
+        raise AdapterFileError(f"{file}: the description is damaged, or of another kind ({error}).") from None
     if not isinstance(parsed, dict):
         raise AdapterFileError(f"{file}: expected a JSON object that describes an adapter.")
     return parsed

@@ -91,7 +91,7 @@ def _read_adalora(
         if len(kept) != r or {len(A), B.shape[1], len(E)} != {int(kept.sum())}:
             raise AdapterFileError(
                 f"{name!r} has {len(E)} triplets in the file, and its config says {int(kept.sum())} of {len(kept)}: it "
-                "is torn or foreign."
+                "is damaged, or of another kind."
             )
         # those that were dropped are not in the file, and act no more
         whole_A, whole_B, whole_E = A.new_zeros(r, A.shape[1]), B.new_zeros(len(B), r), E.new_zeros(r, 1)

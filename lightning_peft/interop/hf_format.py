@@ -119,7 +119,9 @@ class Row:
         for setting in self.required:
             value = config.get(setting)
             if not isinstance(value, int | float) or isinstance(value, bool):
-                raise AdapterFileError(f"the config has no number {setting!r}, but {value!r}: it is torn or foreign.")
+                raise AdapterFileError(
+                    f"the config has no number {setting!r}, but {value!r}: it is damaged, or of another kind."
+                )
         for setting, plain in self.plain.items():
             if setting in config and config[setting] not in plain:
                 raise Unread(

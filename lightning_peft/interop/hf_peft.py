@@ -90,7 +90,9 @@ def method_from_peft(
     try:
         method, found = row.read(config, found, _trained_whole(others, row), model)  # type: ignore[misc]  # it was checked
     except KeyError as missing:
-        raise AdapterFileError(f"the file has no {missing.args[0]!r} of a layer that it adapts: it is torn.") from None
+        raise AdapterFileError(
+            f"the file has no {missing.args[0]!r} of a layer that it adapts: it is damaged."
+        ) from None
     parts = {f"{row.prefix}{module}.{name}": t for module, named in found.items() for name, t in named.items()}
     return method, {key.lstrip("."): value for key, value in parts.items()} | others
 

@@ -66,7 +66,7 @@ _REFUSED = {
 class HFPEFT(Method):
     """Any tuner of Hugging Face PEFT, computed by ``peft`` itself.
 
-    For what there is no method of our own for.
+    For tuners that this library has no method for.
 
     Args:
         config: a ``peft.PeftConfig``, or its settings with ``peft_type`` among them; by default LoRA on all linear

@@ -26,7 +26,7 @@ def told_by(source: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise AdapterFileError(
-            f"{source} does not describe an adapter of this model ({type(error).__name__}: {error}). It is torn, or "
+            f"{source} does not describe an adapter of this model ({type(error).__name__}: {error}). It is damaged, or "
             "was tampered with: take it from where it was saved again."
         ) from error
 
@@ -46,7 +46,7 @@ def check_places(tensors: dict[str, Tensor], source: str) -> None:
         place = key.removeprefix(hf_peft.PREFIX)
         place = place.removesuffix(".weight") if place.endswith("_vector.weight") else place
         if there.setdefault(place, key) != key:
-            raise AdapterFileError(f"{source}: {key!r} and {there[place]!r} are for the same parameter. It is torn.")
+            raise AdapterFileError(f"{source}: {key!r} and {there[place]!r} are for the same parameter. It is damaged.")
 
 
 def check_names(method: Method, model: nn.Module, source: str) -> None:
@@ -74,8 +74,8 @@ def check_size(method: Method, model: nn.Module, tensors: dict[str, Tensor], sou
     wanted, given = method.total_trainable(method.targets(model)), sum(tensor.numel() for tensor in tensors.values())
     if wanted > 10 * given + 10**6:
         raise AdapterFileError(
-            f"{source} describes {method}, which has {wanted:,} numbers here, and holds {given:,}. It is torn, or made "
-            "for another model."
+            f"{source} describes {method}, which has {wanted:,} numbers here, and holds {given:,}. It is damaged, or "
+            "made for another model."
         )
 
 

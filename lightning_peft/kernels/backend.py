@@ -31,7 +31,7 @@ def backend() -> Backend:
     """
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in get_args(Backend):
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(get_args(Backend))}, got {asked!r}.")
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(map(repr, get_args(Backend)))}, got {asked!r}.")
     if asked in ("triton", "interpret") and not HAS_TRITON:
         raise ValueError(f"{VARIABLE}={asked} needs triton, which is not installed: pip install triton.")
     if asked == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":

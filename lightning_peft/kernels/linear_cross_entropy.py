@@ -141,20 +141,21 @@ def _check_options(
     budget: int | None,
 ) -> None:  # fmt: skip
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"linear_cross_entropy: label_smoothing must be 0 to 1, got {label_smoothing}.")
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be a number in [0, 1], got {label_smoothing}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(
-            f"linear_cross_entropy: softcap must be positive, got {softcap}. None leaves logits as they are."
+            f"linear_cross_entropy: softcap must be a number > 0, got {softcap}. None leaves logits as they are."
         )
     if not z_loss >= 0:
-        raise ValueError(f"linear_cross_entropy: z_loss must be >= 0, got {z_loss}.")
+        raise ValueError(f"linear_cross_entropy: z_loss must be a number >= 0, got {z_loss}.")
     if reduction not in get_args(Reduction):
         raise ValueError(
-            f"linear_cross_entropy: reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}."
+            f"linear_cross_entropy: reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got "
+            f"{reduction!r}."
         )
     if budget is not None and budget < 0:
         raise ValueError(
-            f"linear_cross_entropy: budget must be a number of bytes, 0 or more, got {budget}. None is {LOGITS_BUDGET}."
+            f"linear_cross_entropy: budget must be a number of bytes >= 0, got {budget}. None is {LOGITS_BUDGET}."
         )
     if num_items is None:
         return
@@ -166,7 +167,7 @@ def _check_options(
     if isinstance(num_items, Tensor) and num_items.numel() != 1:
         raise ValueError(f"linear_cross_entropy: num_items must be one number, got shape {tuple(num_items.shape)}.")
     if not isinstance(num_items, Tensor) and not num_items >= 0:
-        raise ValueError(f"linear_cross_entropy: num_items must be >= 0, got {num_items}.")
+        raise ValueError(f"linear_cross_entropy: num_items must be a number >= 0, got {num_items}.")
 
 
 def _whole_rows(x: Tensor, weight: Tensor, budget: int) -> int:

@@ -67,10 +67,10 @@ def nf4_pack(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
         ValueError: ``block_size`` is odd or less than 2, or ``weight`` has NaN or infinite values (in float32).
     """
     if block_size < 2 or block_size % 2:
-        raise ValueError(f"nf4_pack: block_size must be even and at least 2, got {block_size}.")
+        raise ValueError(f"nf4_pack: block_size must be an even integer >= 2, got {block_size}.")
     codes, absmax = _pack(weight.detach().reshape(-1), block_size)
     if not absmax.isfinite().all():
-        raise ValueError("nf4_pack: the weight has NaN or infinite values, which no level stands for.")
+        raise ValueError("nf4_pack: the weight has NaN or infinite values, which no code stands for. Load it again.")
     if not double_quant:
         return Packed(codes, absmax, None)
     groups = F.pad(absmax, (0, -len(absmax) % GROUP)).view(-1, GROUP)

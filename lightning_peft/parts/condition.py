@@ -5,7 +5,6 @@ of diffusers hand through to their attentions. So nothing is remembered between 
 a part its arguments again, whatever the model was called with since.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -60,8 +59,3 @@ def call_with(layer: Layer, given: dict[str, Any]) -> Any:
     """What ``layer`` answers, called with ``given``, as `given_to` puts it."""
     first = layer.keyword or layer.module._parameter_names[0]
     return layer(given[first], **{name: value for name, value in given.items() if name != first})
-
-
-def joined(names: Sequence[str]) -> str:
-    """The first of ``names`` for an error message."""
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -60,7 +60,7 @@ def contrastive_denoising_loss(
     """
     if errors.dim() != 2 or errors.shape[0] != errors.shape[1] or len(errors) < 2:
         raise AdapterError(
-            f"contrastive_denoising_loss: errors is {tuple(errors.shape)}, expected was (n, n) for n >= 2 images and "
+            f"contrastive_denoising_loss: errors is {tuple(errors.shape)}, expected (n, n) for n >= 2 images and "
             "their n texts. Denoise each image with each text, and take the mean over channels and pixels."
         )
     errors = errors.to(torch.promote_types(errors.dtype, torch.float32))

@@ -143,8 +143,8 @@ def refuse_packed(model: nn.Module, who: str) -> None:
     packed = [name for name, p in model.named_parameters() if isinstance(p, NF4Tensor)]
     if packed:
         raise AdapterError(
-            f"{who} cannot send weights in 4 bits: {len(packed)} are, among them {packed[0]!r}. Keep the base whole "
-            "(LoRA), or the model on each device: strategy='peft_ddp'."
+            f"{who}: it cannot send weights in 4 bits: {len(packed)} are, among them {packed[0]!r}. Keep the base "
+            "whole (LoRA), or the model on each device: strategy='peft_ddp'."
         )
 
 

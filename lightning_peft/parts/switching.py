@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import TargetError, Training, check_range
+from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
@@ -84,7 +85,7 @@ def check_sampling(who: str, n_layers: int, interval_steps: int, state_policy: s
     whole = isinstance(interval_steps, int) and interval_steps >= 1
     check_range(who, "interval_steps", interval_steps, whole, "an integer >= 1")
     policies = get_args(Moments)
-    check_range(who, "state_policy", state_policy, state_policy in policies, f"one of {', '.join(policies)}")
+    check_range(who, "state_policy", state_policy, state_policy in policies, one_of(policies))
 
 
 def _moved(value: object, parameter: nn.Parameter, device: torch.device) -> object:

@@ -55,7 +55,7 @@ class SplitData(L.LightningDataModule):
         super().__init__()
         if not 0 < val_fraction < 0.5:
             raise ValueError(
-                f"{type(self).__name__}: val_fraction must lie between 0 and 0.5, got {val_fraction}. "
+                f"{type(self).__name__}: val_fraction must be a number in (0, 0.5), got {val_fraction!r}. "
                 "The test split takes as much as the validation split, the rest is for training."
             )
         self.batch_size, self.val_fraction, self.seed, self.num_workers = batch_size, val_fraction, seed, num_workers

@@ -159,11 +159,11 @@ class DigitsData(SplitData):
     ) -> None:
         super().__init__(batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers)
         if not digits or len(set(digits)) < len(digits) or not set(digits) <= set(range(10)):
-            raise ValueError(f"DigitsData: digits must be different numbers from 0 to 9, got {digits}.")
+            raise ValueError(f"DigitsData: digits must be different numbers from 0 to 9, got {digits!r}.")
         if half not in ("first", "second", "all"):
-            raise ValueError(f"DigitsData: half must be 'first', 'second' or 'all', got {half!r}.")
+            raise ValueError(f"DigitsData: half must be one of 'first', 'second', 'all', got {half!r}.")
         if rotate % 90:
-            raise ValueError(f"DigitsData: rotate must be a multiple of 90 degrees, got {rotate}.")
+            raise ValueError(f"DigitsData: rotate must be a multiple of 90 degrees, got {rotate!r}.")
         self.digits, self.half, self.invert, self.rotate = tuple(digits), half, invert, rotate
         self.size, self.thick, self.signed = size, thick, signed
 

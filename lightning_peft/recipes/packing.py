@@ -119,7 +119,10 @@ class PackingCollate:
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(Attention):
-            raise ValueError(f"PackingCollate: attention must be one of {get_args(Attention)}, got {self.attention!r}.")
+            raise ValueError(
+                f"PackingCollate: attention must be one of {', '.join(map(repr, get_args(Attention)))}, got "
+                f"{self.attention!r}."
+            )
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         documents = [document for sample in samples for document in self._documents(sample) if document.shape[1]]

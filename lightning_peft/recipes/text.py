@@ -124,7 +124,9 @@ class SourceCodeData(SplitData):
     ) -> None:
         super().__init__(batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers)
         if seq_len < 2:
-            raise ValueError(f"SourceCodeData: seq_len must be >= 2, got {seq_len}. One byte predicts nothing.")
+            raise ValueError(
+                f"SourceCodeData: seq_len must be an integer >= 2, got {seq_len!r}. One byte predicts nothing."
+            )
         self.seq_len, self.max_bytes, self.package = seq_len, max_bytes, package
         self.files = _source_files(package)
 
@@ -176,7 +178,8 @@ class SourceFunctionsData(SplitData):
         super().__init__(batch_size=batch_size, val_fraction=val_fraction, seed=seed, num_workers=num_workers)
         if max_length < 2:
             raise ValueError(
-                f"SourceFunctionsData: max_length must be >= 2, got {max_length}. One byte predicts nothing."
+                f"SourceFunctionsData: max_length must be an integer >= 2, got {max_length!r}. One byte predicts "
+                "nothing."
             )
         self.max_length, self.package = max_length, package
         self.files = _source_files(package)

@@ -68,8 +68,9 @@ class PEFTDDPStrategy(AveragingStrategy, InjectingStrategy, DDPStrategy):
     ) -> None:
         if for_the_wrapper:
             raise AdapterError(
-                f"{type(self).__name__} has no argument {min(for_the_wrapper)!r}: there is no DistributedDataParallel "
-                "in it that could take it. Unused parameters and changing ones need no option here; leave it out."
+                f"{type(self).__name__}: there is no argument {min(for_the_wrapper)!r}, as there is no "
+                "DistributedDataParallel in it that could take it. Unused parameters and changing ones need no option "
+                "here; leave it out."
             )
         super().__init__(
             method=method,

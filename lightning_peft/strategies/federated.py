@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.engine import AdapterError, Method, adapters_of, check_range
-from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.limits import one_of
 from lightning_peft.interop.files import adapted_root
 from lightning_peft.strategies.aggregation import lora_fair, weighted_mean
 from lightning_peft.strategies.averaging import running_statistics
@@ -69,13 +69,11 @@ class PEFTFederatedStrategy(PEFTDDPStrategy):
         **kwargs: Any,
     ) -> None:
         who, known = type(self).__name__, get_args(Aggregation)
-        check_range(who, "local_steps", local_steps, local_steps >= 1, "at least 1")
-        check_range(who, "participation", participation, 0 < participation <= 1, "above 0 and at most 1")
+        check_range(who, "local_steps", local_steps, local_steps >= 1, "an integer >= 1")
+        check_range(who, "participation", participation, 0 < participation <= 1, "a number in (0, 1]")
         positive = sample_weights is None or all(weight > 0 for weight in sample_weights)
-        check_range(who, "sample_weights", sample_weights, positive, "positive")
-        if aggregation not in known:
-            hint = nearest(aggregation, known)
-            raise AdapterError(f"{who}: unknown aggregation {aggregation!r}.{hint} Known are {', '.join(known)}.")
+        check_range(who, "sample_weights", sample_weights, positive, "numbers > 0")
+        check_range(who, "aggregation", aggregation, aggregation in known, one_of(known))
         super().__init__(method, **kwargs)
         self.local_steps, self.aggregation, self.sample_weights = local_steps, aggregation, sample_weights
         self.participation, self.keep_optimizer_state, self.seed = participation, keep_optimizer_state, seed
@@ -117,15 +115,17 @@ class PEFTFederatedStrategy(PEFTDDPStrategy):
         batches, samples = zip(*there, strict=True)
         if len(set(batches)) > 1:
             raise AdapterError(
-                f"the clients have {', '.join(map(str, batches))} batches in an epoch, so their rounds and epochs "
-                f"would not end together. Give each as many: Trainer(limit_train_batches={min(batches)}), with loaders "
-                "that shuffle, so that every sample has its turn."
+                f"{type(self).__name__}: the clients have {', '.join(map(str, batches))} batches in an epoch, so their "
+                "rounds and epochs would not end together. Give each as many: "
+                f"Trainer(limit_train_batches={min(batches)}), with loaders that shuffle, so that every sample has its "
+                "turn."
             )
         weights = samples if self.sample_weights is None else self.sample_weights
         if None in weights or len(weights) != self.world_size:
             raise AdapterError(
-                f"there are {self.world_size} clients, with training data of sizes {samples} and sample_weights "
-                f"{self.sample_weights}. Give one number for each: PEFTFederatedStrategy(sample_weights=(...))."
+                f"{type(self).__name__}: there are {self.world_size} clients, with training data of sizes {samples} "
+                f"and sample_weights {self.sample_weights}. Give one number for each: "
+                "PEFTFederatedStrategy(sample_weights=(...))."
             )
         self._weights = torch.tensor(weights, dtype=torch.float64)
         self._step, self._sent = trainer.global_step, {}
@@ -154,8 +154,8 @@ class PEFTFederatedStrategy(PEFTDDPStrategy):
         dist.all_gather_object(layout, zlib.crc32("".join(name for name, _ in ordered).encode()))
         if len(set(layout)) > 1:
             raise AdapterError(
-                "the clients have trained different parameters in this round, so there is nothing to average. Choose "
-                "them from the step and a seed that all ranks share."
+                f"{type(self).__name__}: the clients have trained different parameters in this round, so there is "
+                "nothing to average. Choose them from the step and a seed that all ranks share."
             )
         tensors = [p for _, p in ordered] + running_statistics(module)
         clients = _participants(
@@ -198,7 +198,7 @@ def _low_rank(model: nn.Module, aggregation: str) -> list[Any]:
     if others or not adapters:
         what = f"{type(others[0][1]).__name__} on {others[0][0]!r}" if others else "no adapter at all"
         raise AdapterError(
-            f"aggregation={aggregation!r} is for low-rank adapters, which have lora_A and lora_B; found {what}. Use "
+            f"PEFTFederatedStrategy: aggregation={aggregation!r} is for low-rank adapters, found {what}. Use "
             "aggregation='fedavg', or a method such as LoRA(r=8)."
         )
     return [adapter for _, _, adapter in adapters]

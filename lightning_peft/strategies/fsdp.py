@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map
 from lightning_peft.callbacks.checkpoints import base_tensors
 from lightning_peft.callbacks.sharding import check_sharding
 from lightning_peft.engine import AdapterError, Method, adapters_of
+from lightning_peft.engine.errors import joined
 from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.slots import whole
 from lightning_peft.engine.state import remember_values
@@ -148,7 +149,7 @@ class PEFTFSDPStrategy(AveragingStrategy, InjectingStrategy, ModelParallelStrate
         except AdapterError as error:
             if self.blocks is not None:
                 raise
-            rank_zero_warn(f"All of the model is put together at once while it runs, because {error}")
+            rank_zero_warn(f"PEFTFSDPStrategy: the whole model is put together at once while it runs. {error}")
             return []
 
     def averaged_parameters(self, module: nn.Module) -> list[nn.Parameter]:
@@ -224,7 +225,7 @@ def _check(module: Any) -> None:
     empty = [name for name, p in module.named_parameters() if p.is_meta]
     if empty:
         raise AdapterError(
-            f"{who}: {len(empty)} parameters have no values (they are on the meta device): {', '.join(empty[:3])}, ... "
+            f"{who}: {len(empty)} parameters on the meta device have no values ({joined(empty)}). "
             "Load the base before the run starts, in __init__, setup or configure_model: it is sharded after that."
         )
     refuse_packed(module, who)

@@ -36,7 +36,7 @@ class InjectingStrategy(Strategy):
     def _put_in_front(self, peft: PEFT, callbacks: list[Any]) -> None:
         if any(isinstance(c, PEFT) and c is not peft for c in callbacks):
             raise AdapterError(
-                f"{type(self).__name__} was given method={self.method!r}, and the Trainer has a PEFT callback too. "
+                f"{type(self).__name__}: it was given method={self.method!r}, and the Trainer has a PEFT callback too. "
                 "Keep one: leave method out of the strategy, or PEFT out of the callbacks."
             )
         callbacks[:] = [peft, *(c for c in callbacks if c is not peft)]

@@ -70,8 +70,9 @@ class PEFTOffloadStrategy(InjectingStrategy, SingleDeviceStrategy):
         self._remove()
         if isinstance(self.precision_plugin, MixedPrecision):
             rank_zero_warn(
-                "Under mixed precision autograd keeps the cast weights of frozen blocks on the device, so that little "
-                "memory is saved in training. Use precision='bf16-true': adapters stay in float32."
+                "PEFTOffloadStrategy: under mixed precision autograd keeps the cast weights of frozen blocks on the "
+                "device, so that little memory is saved in training. Use precision='bf16-true': adapters stay in "
+                "float32."
             )
         super().setup(trainer)
 

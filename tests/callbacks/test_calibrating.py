@@ -107,9 +107,9 @@ def test_without_a_batch_it_is_an_error(tmp_path: Path) -> None:
         def __iter__(self) -> Any:
             return iter(())
 
-    with pytest.raises(AdapterError, match="no batch in the training data to measure a start on"):
+    with pytest.raises(AdapterError, match="'default' is measured on training data, and there is no batch in it"):
         trainer(tmp_path, PEFT(CorDA(r=2), summary=False)).fit(Lit(), DataLoader(Empty(), batch_size=None), loader())
-    with pytest.raises(AdapterError, match="calibration_batches must be at least 1, got 0"):
+    with pytest.raises(AdapterError, match="calibration_batches must be an integer >= 1, got 0"):
         PEFT(CorDA(), calibration_batches=0)
 
 

@@ -198,9 +198,9 @@ def test_what_cannot_be_merged_is_refused_before_training(
 
 
 def test_callbacks_that_ask_for_different_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="save=adapter and full. Give all the same"):
+    with pytest.raises(AdapterError, match="save='adapter' and save='full'. Give all the same"):
         fit(tmp_path, Lit(), peft(), peft(method=BitFit(), name="second", save="full"))
-    with pytest.raises(AdapterError, match="save must be one of adapter, full, merged, got 'all'"):
+    with pytest.raises(AdapterError, match="save must be one of 'adapter', 'full', 'merged', got 'all'"):
         peft(save="all")
 
 

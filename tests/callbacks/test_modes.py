@@ -427,7 +427,7 @@ def test_what_is_trained_in_place_without_a_gradient_is_reported(tmp_path: Path)
             self.net["second_head"] = nn.Linear(5, 3)
 
     names = (
-        r"2 parameters that are trained in place got no gradient .* net\.second_head\.weight, net\.second_head\.bias"
+        r"2 parameters that are trained in place got no gradient .*'net\.second_head\.weight', 'net\.second_head\.bias'"
     )
     with pytest.warns(UserWarning, match=names):
         trainer(tmp_path, lora(modules_to_save=("head", "second_head"))).fit(Headless(), datamodule=Data())

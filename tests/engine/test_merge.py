@@ -83,7 +83,7 @@ def test_a_module_used_twice_merges_in_silence() -> None:
 def test_without_the_base_nothing_can_be_undone() -> None:
     model = merge(moved(inject(tiny(), LoRA(r=2))), keep_base=False)
     assert "_peft" not in model.__dict__
-    with pytest.raises(MergeError, match=r"nothing to unmerge.*keep_base=False"):
+    with pytest.raises(MergeError, match=r"unmerge: nothing is merged.*keep_base=False"):
         unmerge(model)
     inject(model, LoRA(r=2))
 
@@ -108,7 +108,7 @@ def test_merging_twice_is_refused() -> None:
         merge(model)
     with pytest.raises(AdapterError, match=r"unmerge\(model\) before injecting more"):
         inject(model, LoRA(r=2), name="second")
-    with pytest.raises(MergeError, match="nothing to unmerge"):
+    with pytest.raises(MergeError, match="unmerge: nothing is merged"):
         unmerge(tiny())
 
 

@@ -351,7 +351,7 @@ def test_what_was_before_is_back(tokens: Tensor) -> None:
         with routed(model, ["none"]):
             assert not torch.equal(model(tokens), outer)
         assert torch.equal(model(tokens), outer)
-        with pytest.raises(AdapterError, match="lasts still"):
+        with pytest.raises(AdapterError, match="routed: its block has not ended"):
             set_active(model, "a")
         with pytest.raises(RuntimeError, match="by the way"), routed(model, ["a"]):
             raise RuntimeError("by the way")
@@ -378,7 +378,7 @@ def test_adapters_cannot_be_changed_inside(change: Callable[[nn.Module], Any], t
     model = adapted(Mixed(), **CASES["lora"])
     with routed(model, NAMES):
         outer = model(tokens)
-        with pytest.raises(AdapterError, match="lasts still"):
+        with pytest.raises(AdapterError, match="routed: its block has not ended"):
             change(model)
         assert torch.equal(model(tokens), outer)
 

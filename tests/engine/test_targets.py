@@ -129,9 +129,9 @@ ATTENTION = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6))
         ({"target_modules": "blocks.0"}, ["a Block", "Inside it can be adapted: blocks.0.q_proj, blocks.0.v_proj"]),
         ({"target_modules": "q_proj["}, ["'q_proj['", "neither a name in the model nor a regular expression"]),
         ({"target_modules": "q_proj", "exclude_modules": "q_porj"}, ["exclude_modules 'q_porj'", "mean 'q_proj'"]),
-        ({"target_modules": "q_proj", "exclude_modules": "blocks.*"}, ["exclude_modules left nothing"]),
+        ({"target_modules": "q_proj", "exclude_modules": "blocks.*"}, ["exclude_modules 'blocks.*' left nothing"]),
         ({"target_modules": "q_proj", "layers_to_transform": (7,)}, ["layers_to_transform [7]", "blocks 0 to 2"]),
-        ({"target_modules": "head", "layers_to_transform": (0,)}, ["the targets have blocks none"]),
+        ({"target_modules": "head", "layers_to_transform": (0,)}, ["The layers to adapt are in blocks none"]),
     ],
 )  # fmt: skip
 def test_a_choice_that_selects_nothing_says_what_there_is(options: dict[str, object], parts: list[str]) -> None:

@@ -208,7 +208,7 @@ def test_what_lora_cannot_do_is_refused(method: Any, message: str, tmp_path: Pat
 
 @pytest.mark.parametrize("as_lora", [-1, 2.0, "8"])
 def test_a_rank_is_a_positive_number(as_lora: Any, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="as_lora is True, False or a rank >= 1, got"):
+    with pytest.raises(AdapterError, match="as_lora must be True, False or an integer >= 1, got"):
         save_adapter(trained(LoRA(r=2)), tmp_path / "new", as_lora=as_lora)
 
 

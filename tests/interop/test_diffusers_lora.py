@@ -300,7 +300,9 @@ def test_formats_do_not_mix(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(AdapterFileError, match="holds an adapter in another format"):
         load_adapter(unet(), folder)
-    with pytest.raises(AdapterError, match="format is one of 'peft', 'diffusers', 'lightning_peft', got 'diffuser'"):
+    with pytest.raises(
+        AdapterError, match="format must be one of 'peft', 'diffusers', 'lightning_peft', got 'diffuser'"
+    ):
         save_adapter(model, tmp_path / "new", format="diffuser")  # type: ignore[arg-type]
 
 

@@ -233,7 +233,7 @@ def test_a_torn_file_is_refused(folder: Path) -> None:
     whole = (folder / TENSORS).read_bytes()
     for length in (0, 5, 100, len(whole) - 1):
         (folder / TENSORS).write_bytes(whole[:length])
-        with pytest.raises(AdapterFileError, match=r"adapter_model.safetensors is torn or foreign"):
+        with pytest.raises(AdapterFileError, match=r"adapter_model.safetensors is damaged, or of another kind"):
             load_adapter(tiny(), folder)
 
 
@@ -260,7 +260,7 @@ def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
         load_adapter(tiny(), tmp_path)
 
 
-@pytest.mark.parametrize(("text", "part"), [("{", "torn or foreign"), ("[1]", "expected a JSON object")])
+@pytest.mark.parametrize(("text", "part"), [("{", "damaged, or of another kind"), ("[1]", "expected a JSON object")])
 def test_a_torn_description_is_refused(text: str, part: str, folder: Path) -> None:
     (folder / CONFIG).write_text(text)
     with pytest.raises(AdapterFileError, match=part):
@@ -313,7 +313,7 @@ def test_files_of_a_lightning_module_fit_the_plain_model_and_back(tmp_path: Path
         ({"method": None}, "does not say which method"),
         ({"method": "lroa"}, "unknown method 'lroa'"),
         ({"arguments": {"r": 2, "rnak": 3}}, "no argument 'rnak'"),
-        ({"arguments": {"alpha": "much"}}, "LoRA: alpha must be above 0, got 'much'"),
+        ({"arguments": {"alpha": "much"}}, "LoRA: alpha must be a number > 0, got 'much'"),
         ({"arguments": {"target_modules": 3}}, "LoRA: target_modules must be a pattern or several, got 3"),
         ({"base": {}}, "does not say on which base"),
     ],

@@ -189,7 +189,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "the config has no number 'alpha', but None"),
     ({"peft_type": "ADALORA", "init_r": "8"}, "the config has no number 'init_r', but '8'"),
     ({"r": True}, "the config has no number 'r', but True"),
-    ({"r": None}, "the config has no number 'r', but None: it is torn or foreign"),
+    ({"r": None}, "the config has no number 'r', but None: it is damaged, or of another kind"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': .*Convert it: .*path_initial_model_for_weight_conv"),
     ({"init_lora_weights": "corda"}, "'corda': .*path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq', which is not read here"),

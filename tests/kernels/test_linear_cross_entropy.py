@@ -331,14 +331,14 @@ def test_what_does_not_fit_is_refused() -> None:
         ((x, weight, labels.float()), {}, "labels must be integers"),
         ((x, weight, labels, bias[:4]), {}, r"bias must be \(9,\)"),
         ((x, weight.half(), labels), {}, r"one floating dtype, got torch\.float32, torch\.float16"),
-        ((x, weight, labels), {"label_smoothing": 1.5}, "label_smoothing must be 0 to 1, got 1.5"),
-        ((x, weight, labels), {"softcap": 0.0}, "softcap must be positive, got 0.0"),
-        ((x, weight, labels), {"z_loss": -1.0}, "z_loss must be >= 0"),
-        ((x, weight, labels), {"reduction": "avg"}, "reduction must be one of none, mean, sum, got 'avg'"),
+        ((x, weight, labels), {"label_smoothing": 1.5}, "label_smoothing must be a number in \\[0, 1\\], got 1.5"),
+        ((x, weight, labels), {"softcap": 0.0}, "softcap must be a number > 0, got 0.0"),
+        ((x, weight, labels), {"z_loss": -1.0}, "z_loss must be a number >= 0"),
+        ((x, weight, labels), {"reduction": "avg"}, "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ((x, weight, labels), {"reduction": "sum", "num_items": 3}, "num_items is what reduction='mean' divides by"),
         ((x, weight, labels), {"num_items": torch.ones(2)}, "num_items must be one number"),
-        ((x, weight, labels), {"num_items": -1}, "num_items must be >= 0"),
-        ((x, weight, labels), {"budget": -1}, "budget must be a number of bytes, 0 or more, got -1"),
+        ((x, weight, labels), {"num_items": -1}, "num_items must be a number >= 0"),
+        ((x, weight, labels), {"budget": -1}, "budget must be a number of bytes >= 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(*arguments, **options)

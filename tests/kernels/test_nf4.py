@@ -187,7 +187,7 @@ def test_what_has_no_level_is_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("block_size", [0, -2, 1, 63])
 def test_a_block_that_does_not_fill_bytes_is_refused(block_size: int) -> None:
-    with pytest.raises(ValueError, match="block_size must be even"):
+    with pytest.raises(ValueError, match="block_size must be an even integer >= 2"):
         nf4_pack(torch.randn(3, 5), block_size)
 
 

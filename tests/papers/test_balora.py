@@ -120,7 +120,9 @@ def test_a_loop_that_forgets_the_terms_is_stopped() -> None:
     model = inject(stack(), BALoRA(r=2, target_modules=TARGETS))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(batch(0)[0]).mean().backward()
-    with pytest.raises(AdapterError, match="BALoRA adds terms to the loss of each batch, and nobody did"):
+    with pytest.raises(
+        AdapterError, match="BALoRA adds terms to the loss of each batch, and this loss is without them"
+    ):
         notify(model, "on_before_optimizer_step", optimizer, step=0)
 
 

@@ -90,7 +90,7 @@ def test_calibration_changes_nothing_but_the_adapters(method: CorDA | LoRAGA) ->
 
 
 def test_training_without_calibration_is_an_error() -> None:
-    with pytest.raises(AdapterError, match=r"CorDA measures its start on data, which was not done"):
+    with pytest.raises(AdapterError, match=r"CorDA: its start is measured on data, and was not"):
         notify(inject(stack(), CorDA(r=1)), "on_train_batch_start", [])
 
 

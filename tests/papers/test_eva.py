@@ -195,5 +195,5 @@ def test_inputs_that_do_not_vary_are_an_error() -> None:
         calibrate(model, [lambda: model(torch.full_like(batch(0)[0], float("nan"))).sum()])
     with pytest.raises(AdapterError, match="EVA: the variance of the input of .* is not finite"):
         calibrate(model, [lambda: model(torch.zeros(1, 3)).sum()])
-    with pytest.raises(AdapterError, match="EVA: rho must be at least 1, got 0.5"):
+    with pytest.raises(AdapterError, match="EVA: rho must be a number >= 1, got 0.5"):
         EVA(rho=0.5)

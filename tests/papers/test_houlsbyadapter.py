@@ -191,5 +191,7 @@ def test_an_argument_out_of_range_is_refused(cls: Any, arguments: dict[str, Any]
 
 
 def test_an_unknown_activation_is_refused_with_those_there_are() -> None:
-    with pytest.raises(AdapterError, match="activation must be one of relu, gelu, gelu_new, swish, tanh, got 'mish'"):
+    with pytest.raises(
+        AdapterError, match="activation must be one of 'relu', 'gelu', 'gelu_new', 'swish', 'tanh', got 'mish'"
+    ):
         HoulsbyAdapter(activation="mish")  # type: ignore[arg-type]

@@ -407,8 +407,8 @@ def test_of_several_denoisers_one_is_named() -> None:
     ("embeds", "message"),
     [
         (None, "without the embedding of an image"),
-        (E[:2], r"image_embeds is \(2, 1, 7\); expected was \(4, 7\)"),
-        (images(4, 8), r"image_embeds is \(4, 1, 8\); expected was \(4, 7\)"),
+        (E[:2], r"image_embeds is \(2, 1, 7\); expected \(4, 7\)"),
+        (images(4, 8), r"image_embeds is \(4, 1, 8\); expected \(4, 7\)"),
         (images(4, 1, 9, 7), r"image_embeds is \(4, 1, 9, 7\)"),
         ([E, E], "image_embeds is a list"),
         ("none", "image_embeds is a str"),

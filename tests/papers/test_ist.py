@@ -90,5 +90,5 @@ def test_wrong_arguments_are_refused() -> None:
         IST(method=3)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="unknown method 'lroa'. Did you mean 'lora'"):
         IST(method="lroa")
-    with pytest.raises(AdapterError, match=r"beta must be in \[0, 1\], got 2"):
+    with pytest.raises(AdapterError, match=r"beta must be a number in \[0, 1\], got 2"):
         IST(beta=2.0)

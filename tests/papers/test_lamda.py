@@ -159,5 +159,5 @@ def test_a_run_of_unknown_length_is_refused() -> None:
 
 @pytest.mark.parametrize("until", [0.0, 1.1])
 def test_a_share_is_a_share(until: float) -> None:
-    with pytest.raises(AdapterError, match="freeze_until must be above 0 and at most 1, got"):
+    with pytest.raises(AdapterError, match=r"freeze_until must be a number in \(0, 1\], got"):
         LaMDA(freeze_until=until)

@@ -76,5 +76,5 @@ def test_the_same_shapes_and_output_as_hf_peft(arguments: dict[str, Any]) -> Non
 
 
 def test_a_factor_of_zero_is_refused() -> None:
-    with pytest.raises(AdapterError, match="decompose_factor must be -1 or at least 1, got 0"):
+    with pytest.raises(AdapterError, match="decompose_factor must be -1 or an integer >= 1, got 0"):
         LoKr(decompose_factor=0)

@@ -125,5 +125,5 @@ def test_a_weight_that_is_not_called_is_refused() -> None:
     with pytest.raises(TargetError, match="LoRAGGPO: '0.in_proj_weight' is used without a call"):
         inject(nn.Sequential(nn.MultiheadAttention(6, 2)), LoRAGGPO(r=2))
     inject(nn.Sequential(nn.MultiheadAttention(6, 2)), LoRAGGPO(r=2, sigma=0.0, beta=0.0))
-    with pytest.raises(AdapterError, match="beta must be at least 0, got -1"):
+    with pytest.raises(AdapterError, match="beta must be a number >= 0, got -1"):
         LoRAGGPO(beta=-1)

@@ -145,5 +145,5 @@ def test_a_step_that_is_passed_over_leaves_no_moments() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(AdapterError, match="mode must be one of plain, full, got 'sgd'"):
+    with pytest.raises(AdapterError, match="mode must be one of 'plain', 'full', got 'sgd'"):
         LoRAPro(mode="sgd")

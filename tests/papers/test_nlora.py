@@ -63,5 +63,5 @@ def test_inttune_leaves_the_outer_factors_bit_for_bit() -> None:
 
 
 def test_an_unknown_core_is_refused() -> None:
-    with pytest.raises(AdapterError, match="NLoRA: core must be one of block, pinv, got 'inverse'"):
+    with pytest.raises(AdapterError, match="NLoRA: core must be one of 'block', 'pinv', got 'inverse'"):
         NLoRA(core="inverse")

@@ -283,10 +283,12 @@ def test_a_method_that_hosts_it_packs_the_base_too() -> None:
 
 def test_strategies_that_take_weights_apart_refuse_it(tmp_path: Path) -> None:
     module = inject(Lit(), METHOD)
-    with pytest.raises(AdapterError, match=r"PEFTFSDPStrategy cannot send weights in 4 bits.*'net\.q_proj\.weight'"):
+    with pytest.raises(
+        AdapterError, match=r"PEFTFSDPStrategy: it cannot send weights in 4 bits.*'net\.q_proj\.weight'"
+    ):
         _check(module)
     strategy = PEFTOffloadStrategy(blocks=["net.q_proj", "net.v_proj"])
-    with pytest.raises(AdapterError, match="PEFTOffloadStrategy cannot send weights in 4 bits"):
+    with pytest.raises(AdapterError, match="PEFTOffloadStrategy: it cannot send weights in 4 bits"):
         trainer(tmp_path, PEFT(METHOD, summary=False), strategy=strategy).fit(Lit(), loader(), loader())
 
 

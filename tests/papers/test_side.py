@@ -600,7 +600,7 @@ def test_a_block_that_is_skipped_is_missed() -> None:
 def test_answers_of_another_form_are_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 12), nn.Sequential(*(nn.Sequential(nn.Linear(12, 12)) for _ in range(2))))
     inject(model, LadderSideTuning(r=2))
-    with pytest.raises(AdapterError, match=r"'1.0' answered \(5, 12\); expected were 12 features on axis -1"):
+    with pytest.raises(AdapterError, match=r"'1.0' answered \(5, 12\); expected 12 features on axis -1"):
         model(torch.randn(5, 2))
 
 

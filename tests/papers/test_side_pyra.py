@@ -146,17 +146,15 @@ def test_it_trains_beside_lora_and_under_activation_checkpoints() -> None:
 
 def test_another_number_of_tokens_is_refused() -> None:
     model = inject(TinyBlocks(), PYRA(r=2, **TOLD))
-    with pytest.raises(
-        AdapterError, match=r"PYRA: 'blocks.0' was given \(2, 12, 12\); expected were 14 tokens. Say how"
-    ):
+    with pytest.raises(AdapterError, match=r"PYRA: 'blocks.0' was given \(2, 12, 12\); expected 14 tokens. Say how"):
         model(torch.randn(2, 11, 7))
 
 
 @pytest.mark.parametrize(
     ("build", "method", "message"),
     [
-        (TinyBlocks, PYRA(r=2), r"does not tell its num_patches. Give them: num_patches="),
-        (TinyBlocks, PYRA(r=2, num_patches=13), r"does not tell its num_heads. Give them"),
+        (TinyBlocks, PYRA(r=2), r"does not tell its num_patches. Give num_patches"),
+        (TinyBlocks, PYRA(r=2, num_patches=13), r"does not tell its num_heads. Give num_heads"),
         (TinyBlocks, PYRA(r=0, **TOLD), r"merges none of 14 tokens. Raise r"),
         (TinyBlocks, PYRA(r=(1, 1, 1), **TOLD), r"r must be one number, or one for each of 2 blocks"),
         (

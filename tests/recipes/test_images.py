@@ -124,10 +124,10 @@ def test_training_images_are_shuffled_anew_in_each_epoch_and_others_keep_their_o
         ({"digits": (1, 10)}, r"from 0 to 9, got \(1, 10\)"),
         ({"digits": (1, 1)}, r"different numbers.*got \(1, 1\)"),
         ({"digits": ()}, r"got \(\)"),
-        ({"half": "third"}, "'first', 'second' or 'all', got 'third'"),
+        ({"half": "third"}, "one of 'first', 'second', 'all', got 'third'"),
         ({"rotate": 45}, "multiple of 90 degrees, got 45"),
-        ({"val_fraction": 0.5}, r"between 0 and 0\.5, got 0\.5"),
-        ({"val_fraction": 0.0}, r"between 0 and 0\.5, got 0\.0"),
+        ({"val_fraction": 0.5}, r"a number in \(0, 0\.5\), got 0\.5"),
+        ({"val_fraction": 0.0}, r"a number in \(0, 0\.5\), got 0\.0"),
     ],
 )
 def test_wrong_digits_arguments_are_refused(arguments, message):

@@ -235,7 +235,7 @@ def test_samples_that_cannot_be_packed_are_refused(samples: list[Any], message: 
 
 
 def test_an_unknown_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one of \('mask', 'positions', 'varlen'\), got 'flash'"):
+    with pytest.raises(ValueError, match=r"one of 'mask', 'positions', 'varlen', got 'flash'"):
         PackingCollate(3, attention="flash")
 
 

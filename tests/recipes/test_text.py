@@ -113,8 +113,8 @@ def test_all_modules_come_in_the_order_of_their_names():
         ({"package": "emial"}, "'emial' has no Python source.*Nearest names: email"),
         ({"package": "torch"}, "'torch' has no Python source"),
         ({"package": "_csv"}, "'_csv' has no Python source"),
-        ({"seq_len": 1}, "seq_len must be >= 2, got 1"),
-        ({"val_fraction": 0.7}, r"between 0 and 0\.5, got 0\.7"),
+        ({"seq_len": 1}, "seq_len must be an integer >= 2, got 1"),
+        ({"val_fraction": 0.7}, r"a number in \(0, 0\.5\), got 0\.7"),
         ({"max_bytes": 100}, r"3 windows of 32 bytes are too few.*max_bytes \(now 100\)"),
     ],
 )
@@ -162,7 +162,7 @@ def test_functions_come_padded_to_the_longest_of_a_batch():
     ("arguments", "message"),
     [
         ({"package": "jsno"}, "'jsno' has no Python source.*Nearest names: json"),
-        ({"max_length": 1}, "max_length must be >= 2, got 1"),
+        ({"max_length": 1}, "max_length must be an integer >= 2, got 1"),
         ({"val_fraction": 0.01}, "functions are too few for three splits. Raise val_fraction"),
     ],
 )

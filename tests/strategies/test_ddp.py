@@ -223,7 +223,7 @@ def test_the_command_line_builds_them(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("argument", ["find_unused_parameters", "static_graph", "ddp_comm_hook", "bucket_cap_mb"])
 def test_arguments_of_the_wrapper_are_refused(argument: str) -> None:
-    with pytest.raises(AdapterError, match=f"PEFTDDPStrategy has no argument '{argument}'.*leave it out"):
+    with pytest.raises(AdapterError, match=f"PEFTDDPStrategy: there is no argument '{argument}'.*leave it out"):
         PEFTDDPStrategy(**{argument: True})
 
 

@@ -179,12 +179,12 @@ def test_what_clients_cannot_do_together_is_an_error_on_all_ranks(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"local_steps": 0}, "local_steps must be at least 1, got 0"),
-        ({"participation": 0.0}, "participation must be above 0 and at most 1, got 0.0"),
+        ({"local_steps": 0}, "local_steps must be an integer >= 1, got 0"),
+        ({"participation": 0.0}, r"participation must be a number in \(0, 1\], got 0.0"),
         ({"participation": 1.5}, "participation must be"),
-        ({"sample_weights": (1.0, 0.0)}, "sample_weights must be positive"),
-        ({"aggregation": "lorafair"}, "unknown aggregation 'lorafair'. Did you mean 'lora-fair'"),
-        ({"find_unused_parameters": True}, "PEFTFederatedStrategy has no argument 'find_unused_parameters'"),
+        ({"sample_weights": (1.0, 0.0)}, "sample_weights must be numbers > 0"),
+        ({"aggregation": "lorafair"}, "aggregation must be one of 'fedavg', 'ffa-lora', 'lora-fair', got 'lorafair'"),
+        ({"find_unused_parameters": True}, "PEFTFederatedStrategy: there is no argument 'find_unused_parameters'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], text: str) -> None:

@@ -204,7 +204,7 @@ def test_adapters_injected_before_the_user_shards_are_sharded_too(ranks: list[di
         ("tensor parallel mesh", ["tensor_parallel_size=2", "strategy='peft_fsdp'"]),
         ("tensor parallel ours", ["6 parameters are tensor parallel", "'blocks.0.down.weight'"]),
         ("tensor parallel plain", ["6 parameters are tensor parallel", "'blocks.0.down.weight'"]),
-        ("meta", ["28 parameters have no values", "Load the base before the run starts"]),
+        ("meta", ["28 parameters on the meta device have no values", "Load the base before the run starts"]),
         ("no such block", ["has no module 'layers'"]),
         ("other seed", ["rank 1 differs from rank 0 in 6 of", "lora_A"]),
         ("other method", ["the checkpoint was made with", "target_modules=('up', 'down')"]),

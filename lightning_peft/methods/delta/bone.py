@@ -59,7 +59,7 @@ class Bone(TargetedMethod):
     Args:
         r: size of the blocks; trainable numbers per layer: r * d_out. There is no ``alpha``: the learning rate is the
             only scale.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``r`` is out of range.

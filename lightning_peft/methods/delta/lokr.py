@@ -32,7 +32,7 @@ class LoKr(TargetedMethod):
         decompose_factor: rows and columns of the small matrix, or less where it does not divide those of the weight;
             -1 makes both matrices about as large.
         decompose_both: decompose the small matrix too.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``r``, ``alpha``, ``dropout`` or ``decompose_factor`` is out of range.
@@ -59,7 +59,7 @@ class LoKr(TargetedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         factor = self.decompose_factor
-        check_range("LoKr", "decompose_factor", factor, factor == -1 or factor >= 1, "-1 or at least 1")
+        check_range("LoKr", "decompose_factor", factor, factor == -1 or factor >= 1, "-1 or an integer >= 1")
 
     def shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
         """Parameter -> its shape, for the adapter of ``target``."""

@@ -53,7 +53,7 @@ class MiSS(TargetedMethod):
     Args:
         r: number of sums, and rank of the update. There is no ``alpha``: the learning rate is the only scale.
         dropout: probability of dropping an input feature of the update, in training only.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``r`` or ``dropout`` is out of range.

@@ -59,7 +59,7 @@ class PaCA(TargetedMethod):
     Args:
         r: number of columns.
         alpha: numerator of ``scaling``, which changes how fast the columns learn and nothing else.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``r`` or ``alpha`` is out of range.

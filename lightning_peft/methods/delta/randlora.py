@@ -68,7 +68,7 @@ class RandLoRA(TargetedMethod):
         alpha: numerator of the scaling ``alpha / r``; HF PEFT advises 20 r.
         seed: of the random matrices, which are the same on every machine and not saved.
         dropout: probability of dropping an input feature of the update, in training only.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``r``, ``alpha`` or ``dropout`` is out of range.

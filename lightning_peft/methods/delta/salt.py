@@ -82,7 +82,7 @@ class SALT(TargetedMethod):
         ratio: share of the singular values, the largest, that are scaled and shifted.
         r: rank of what is added to the block of the others, at most q; trainable numbers per layer: 2 * n + 2 * q * r.
         reg: weight of the size of the changes in the loss; 0 switches it off.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range.

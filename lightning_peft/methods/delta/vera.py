@@ -76,7 +76,7 @@ class VeRA(TargetedMethod):
         d_initial: initial value of ``lambda_d``.
         seed: of the shared matrices, which are the same on every machine.
         dropout: probability of dropping an input feature of the update, in training only.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``r``, ``d_initial`` or ``dropout`` is out of range.

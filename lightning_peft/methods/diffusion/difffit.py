@@ -72,7 +72,7 @@ class DiffFit(SublayerMethod):
             feed-forward network.
         layers_to_transform: indices of the blocks that get scales; all by default.
         train_norms: train the norm layers.
-        blocks: see `SublayerMethod`; so for the arguments that follow it.
+        blocks: see `ParallelAdapter`; so for the arguments that follow it.
 
     Raises:
         TargetError: there are no blocks, or none with such sub-layers; or a pattern matches nothing.

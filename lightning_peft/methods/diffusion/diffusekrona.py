@@ -45,7 +45,7 @@ class DiffuseKronA(TargetedMethod):
         a1: rows of A.
         a2: columns of A.
         target_modules: linear layers to adapt; by default the projections of attentions, by their customary names.
-        exclude_modules: see `TargetedMethod`; so for the arguments that follow it.
+        exclude_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: ``a1`` or ``a2`` is out of range.

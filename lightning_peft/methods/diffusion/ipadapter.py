@@ -40,7 +40,7 @@ class IPAdapter(MethodWithHead):
         scale: factor of the image; later a tensor of each attention, ``adapters[name].scaling``. At 0 the text alone
             acts, as in the base.
         target_modules: patterns of cross-attentions; all of the denoiser by default.
-        modules_to_save: see `MethodWithHead`.
+        modules_to_save: see `LoRA`.
 
     Raises:
         TargetError: no denoiser with cross-attentions takes ``added_cond_kwargs``, or they are of another form: those

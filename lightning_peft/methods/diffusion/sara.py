@@ -42,11 +42,11 @@ class SaRA(TargetedMethod):
         reselect: after which share of the run entries that have grown stop; None for never.
         lowrank_weight: weight of the penalty; the paper takes 5e-4. 0 switches it off.
         target_modules: by default all linear layers and convolutions but the head.
-        exclude_modules: see `TargetedMethod`; so for the arguments that follow it.
+        exclude_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range; or, when training starts, the length of the run is not known.
-        TargetError: no weight has an entry below ``threshold``; weights have no values yet, or are kept in codes.
+        TargetError: no weight has an entry below ``threshold``; weights have no values yet, or are quantised.
 
     >>> from torch import nn, ones, tensor, allclose
     >>> from lightning_peft import inject

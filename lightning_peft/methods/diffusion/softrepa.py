@@ -38,7 +38,7 @@ class SoftREPA(MethodWithHead):
         num_times: rows of the table of time, which share the steps from 0 to 1000; None for tokens that do not depend
             on it.
         module: path of the denoiser, where there are several.
-        modules_to_save: see `MethodWithHead`.
+        modules_to_save: see `LoRA`.
 
     Raises:
         TargetError: there is no denoiser that looks at a text, or its text has positions there, as in Flux.
@@ -71,7 +71,7 @@ class SoftREPA(MethodWithHead):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = isinstance(self.stages, tuple) and self.stages and set(self.stages) <= STAGES.keys()
-        check_range("SoftREPA", "stages", self.stages, bool(known), f"some of {', '.join(STAGES)}")
+        check_range("SoftREPA", "stages", self.stages, bool(known), f"some of {', '.join(map(repr, STAGES))}")
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The denoiser, and all blocks or stages that look at the text."""

@@ -35,7 +35,7 @@ class HoulsbyAdapter(SublayerMethod):
         target_modules: patterns of linear layers and convolutions behind which to put adapters, in any model; by
             default the sub-layers of all blocks are found.
         train_norms: train every norm layer, as in the paper; a second set of adapters beside this one cannot.
-        blocks: see `SublayerMethod`; so for the arguments that follow it.
+        blocks: see `ParallelAdapter`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range.

@@ -29,7 +29,7 @@ class IA3(TargetedMethod):
         target_modules: layers to rescale. By default they are found by the customary names of key, value, fused
             query-key-value and second feed-forward layers; of a fused layer all features are rescaled.
         feedforward_modules: those of them whose input is rescaled in place of their output.
-        exclude_modules: see `TargetedMethod`; so for the arguments that follow it.
+        exclude_modules: see `LoRA`; so for the arguments that follow it.
 
     Raises:
         TargetError: a pattern matches nothing; name the layers if the customary names do not occur.

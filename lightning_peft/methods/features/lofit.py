@@ -38,7 +38,7 @@ class LoFiT(SublayerMethod):
         n_heads: heads in each attention, where its module does not tell.
         target_modules: patterns of the output projections of attentions; by default those of all blocks are found.
         seed: of the first values of v.
-        blocks: see `SublayerMethod`; so for the arguments that follow it.
+        blocks: see `ParallelAdapter`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range; or, when training starts, the choice does not fit into the run.

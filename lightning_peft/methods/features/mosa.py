@@ -105,7 +105,7 @@ class MoSA(AdaptFormer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("MoSA", "n", self.n, 2 <= self.n <= 255, "from 2 to 255")
+        check_range("MoSA", "n", self.n, 2 <= self.n <= 255, "an integer from 2 to 255")
 
     def bottleneck(self, target: Target, stash: Stash | None) -> Bottleneck:
         """One whose matrices are split."""

@@ -32,7 +32,10 @@ class ParallelAdapter(SublayerMethod):
         target_modules: patterns of linear layers, each of which gets a branch beside it, fed with its own input; by
             default the feed-forward networks of all blocks are found.
         train_norms: train every norm layer beside the adapters.
-        blocks: see `SublayerMethod`; so for the arguments that follow it.
+        blocks: path of the list of blocks, or patterns of several, where they are not found by themselves.
+        exclude_modules: patterns of sub-layers that are left out, each named by the layer where its output leaves.
+        layers_to_transform: indices of the blocks to adapt; all of them by default.
+        modules_to_save: see `LoRA`.
 
     Raises:
         AdapterError: an argument is out of range.

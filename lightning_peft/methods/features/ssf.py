@@ -70,7 +70,7 @@ class SSF(TargetedMethod):
             could take the shift: with them, by name, it does not merge).
         modules_to_save: modules trained whole, by default the output head as in the paper.
         init_std: standard deviation of both initial values (0.02 in the reference code); 0 starts as the base.
-        exclude_modules: see `TargetedMethod`; so for ``layers_to_transform``.
+        exclude_modules: see `LoRA`; so for ``layers_to_transform``.
 
     Raises:
         AdapterError: ``init_std`` is negative.

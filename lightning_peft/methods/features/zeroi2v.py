@@ -38,7 +38,7 @@ class ZeroI2V(SublayerMethod):
         shift_div: one over the share of channels that look back, and of those that look ahead.
         target_modules: patterns of linear layers whose output alone gets a linear map, in any model; by default the
             sub-layers of all blocks are found.
-        blocks: see `SublayerMethod`; so for the arguments that follow it.
+        blocks: see `ParallelAdapter`; so for the arguments that follow it.
 
     Raises:
         AdapterError: an argument is out of range; or, in a forward, a batch is no whole number of clips.

@@ -64,7 +64,7 @@ class LaMDA(StructuredLoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         until = self.freeze_until
-        check_range(type(self).__name__, "freeze_until", until, 0 < until <= 1, "above 0 and at most 1")
+        check_range(type(self).__name__, "freeze_until", until, 0 < until <= 1, "a number in (0, 1]")
 
     def adapter(self, target: Target) -> Adapter:
         """Three factors that start where `start` says."""

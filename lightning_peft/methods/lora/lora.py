@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv, LowRankEmbedding
 from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, matches, register
+from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.limits import Count, Positive, Probability
 
 
@@ -32,7 +33,12 @@ class LoRA(TargetedMethod):
         rank_pattern: pattern -> rank of the layers it selects, in place of ``r``; the first that matches counts.
         alpha_pattern: the same for ``alpha``.
         clip_rank: lower the rank of a layer that cannot use all of it, in place of raising.
-        target_modules: see `TargetedMethod`; so for the arguments that follow it.
+        target_modules: ``"all-linear"`` (every linear layer but the output head), ``"all-layers"`` (every layer the
+            method can adapt but the head), or names, last parts of names, regular expressions, or class names.
+        exclude_modules: patterns of layers that are left out.
+        layers_to_transform: indices of the blocks to adapt; all of them by default.
+        modules_to_save: patterns of modules that are trained whole beside the adapters, or of single parameters such
+            as ``"q_proj.bias"``; ``"output-head"`` finds the head by itself.
 
     Raises:
         AdapterError: ``r``, ``alpha`` or ``dropout`` is out of range.
@@ -73,8 +79,11 @@ class LoRA(TargetedMethod):
         found = super().targets(model)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             if not any(matches(pattern, t.name) for t in found):
-                who = type(self).__name__
-                raise TargetError(f"{who}: the pattern {pattern!r} selects none of {len(found)} targets.")
+                which = "rank_pattern" if pattern in self.rank_pattern else "alpha_pattern"
+                raise TargetError(
+                    f"{type(self).__name__}: {which} {pattern!r} matched none of the {len(found)} layers to adapt."
+                    f"{nearest(pattern, (t.name for t in found))} Leave it out, or name a layer of target_modules."
+                )
         return found
 
     def rank(self, target: Target) -> int:

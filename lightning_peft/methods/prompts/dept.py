@@ -58,7 +58,8 @@ class DePT(PromptMethod):
             paper).
         module: path of the part that embeds the text, where a model has several.
         blocks: path of the list of blocks, in a model that embeds no text.
-        class_tokens: tokens that stay before the prompt; see `PromptMethod`.
+        class_tokens: tokens that stay before the prompt. By default the first one, where a text is looked at both ways
+            and heads read their answer there; none elsewhere.
 
     Raises:
         AdapterError: a text is longer than ``max_length``.

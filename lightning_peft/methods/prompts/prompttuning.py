@@ -54,7 +54,8 @@ class PromptTuning(PromptMethod):
             to p of them.
         module: path of the part that embeds the text, where a model has several.
         blocks: path of the list of blocks, in a model that embeds no text.
-        class_tokens: tokens that stay before the prompt; see `PromptMethod`.
+        class_tokens: tokens that stay before the prompt. By default the first one, where a text is looked at both ways
+            and heads read their answer there; none elsewhere.
 
     Raises:
         AdapterError: a call brings more tokens than the model has positions for, less p.

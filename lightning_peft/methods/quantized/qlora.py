@@ -82,7 +82,7 @@ class QLoRA(LoRA):
                 )
             return weight
         if weight.is_meta:
-            raise AdapterError(f"{who}: {name!r} has no values to quantise yet (meta device). Load them first.")
+            raise AdapterError(f"{who}: {name!r} has no values to quantise yet (meta device). Load the base first.")
         try:
             return NF4Tensor.pack(weight, self.block_size, self.double_quant)
         except ValueError:

@@ -70,7 +70,7 @@ class IST(HostedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("IST", "beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]")
+        check_range("IST", "beta", self.beta, 0 <= self.beta <= 1, "a number in [0, 1]")
 
     def n_chosen(self, model: nn.Module) -> int:
         """Blocks of ``model`` whose adapters train in a step."""

@@ -48,7 +48,7 @@ class BitFit(TargetedMethod):
         target_modules: patterns of the modules whose biases are trained; by default all modules.
         modules_to_save: modules trained whole, by default the output head as in the paper.
         create_missing: give a bias to each chosen linear layer that has none.
-        exclude_modules: see `TargetedMethod`; so for ``layers_to_transform``.
+        exclude_modules: see `LoRA`; so for ``layers_to_transform``.
 
     Raises:
         TargetError: there is no bias to train (Llama has none: use ``create_missing``), or a pattern matches nothing.

@@ -40,7 +40,8 @@ class HierarchicalSideTuning(SideMethod):
         detach_taps: run the blocks without gradients, and leave out meta tokens and layer norms: little memory.
         pyramid: every stage answers, not the last alone: for nets that answer with the features of their stages. One
             that is plain, as a ViT, has to be asked for those of the last blocks of the side stages.
-        entry: name of the layer whose input the side network gets; the first by default. For ``taps``: `SideMethod`.
+        entry: name of the layer whose input the side network gets; the first by default.
+        taps: see `LadderSideTuning`; so for ``causal``.
         modules_to_save: modules trained whole, by default the output head.
 
     Raises:

@@ -55,7 +55,7 @@ class LEVI(SideMethod):
         width: features inside and behind the small model, and inside of the adapting layers.
         depth: layers of the small model before its last.
         entry: name of the layer whose input the small model gets (of an embedding, its output); the first by default.
-        taps: see `SideMethod`; so for ``causal``.
+        taps: see `LadderSideTuning`; so for ``causal``.
         modules_to_save: modules trained whole, by default the output head.
 
     Raises:

@@ -80,7 +80,7 @@ class UniPT(SideMethod):
     Args:
         r: how many times narrower than the model the network is.
         residual: add to the last block's answer, in place of replacing it.
-        taps: see `SideMethod`; so for ``causal``.
+        taps: see `LadderSideTuning`; so for ``causal``.
         modules_to_save: modules trained whole, by default the output head.
 
     Raises:
