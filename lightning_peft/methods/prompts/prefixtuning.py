@@ -8,7 +8,8 @@ Init:     P_k, P_v ~ N(0, init_std^2). Even at zero they take their share of eac
           differs from the base. With ``reparameterize=h`` they are W tanh(T W_1^T + b_1)^T + b of a table T (p, D) ~
           N(0, 1), which all attentions share with W_1 (h, D); the linear layers start as ``nn.Linear``
 Merge:    none: keys and values are no weights
-Deviates from HF PEFT: the prefix stands outside of the sequence. Positions of the tokens do not move, its keys are not
+Deviates from HF PEFT: with ``place="cache"`` in nothing that is computed. With ``place="attention"`` the prefix stands
+          outside of the sequence. Positions of the tokens do not move, its keys are not
           rotated (HF PEFT puts them into the cache unrotated too, but counts the tokens from p on), and the cache holds
           the tokens alone. In a batch that is padded on the left, rotated queries are right only with the
           ``position_ids`` of each row, which ``generate`` gives. The small network runs in evaluation too, so what it
@@ -16,14 +17,16 @@ Deviates from HF PEFT: the prefix stands outside of the sequence. Positions of t
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from torch import nn
 
+from lightning_peft.adapters.cached_prefix import CachedPrefix
 from lightning_peft.adapters.prefix import Prefix, num_prefix, num_trunk, prefixes
 from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, register
 from lightning_peft.engine.limits import Count, NonNegative, Patterns
 from lightning_peft.parts.attention import attention_targets
+from lightning_peft.parts.caches import CacheTarget, cache_target
 
 
 @register("prefixtuning")
@@ -67,17 +70,26 @@ class PrefixTuning(MethodWithHead):
     reparameterize: Count | None = None
     init_std: NonNegative = 0.02
     target_modules: Patterns | None = None
+    place: Literal["attention", "cache"] = "attention"
 
     def targets(self, model: nn.Module) -> list[Target]:
-        """The attentions."""
+        """The attentions, or the part that keeps the cache."""
+        if self.place == "cache":
+            return [cache_target(model, self.num_virtual_tokens, type(self).__name__, self.target_modules)]
         return attention_targets(model, self.target_modules, type(self).__name__)
 
     def adapters(self, targets: list[Target]) -> list[Adapter]:
-        """A prefix in each attention."""
-        return prefixes(targets, self.num_virtual_tokens, self.init_std, self.reparameterize, type(self).__name__)
+        """A prefix in each attention, or one in the cache."""
+        p, std, hidden, who = self.num_virtual_tokens, self.init_std, self.reparameterize, type(self).__name__
+        if self.place == "cache":
+            return [CachedPrefix(target, p, std, hidden, who) for target in targets if isinstance(target, CacheTarget)]
+        return prefixes(targets, p, std, hidden, who)
 
     def num_trainable(self, target: Target) -> int:
         """p features of all keys and values; with a small network, its last layer: (h + 1) times those features."""
+        if isinstance(target, CacheTarget):
+            p, hidden = self.num_virtual_tokens, self.reparameterize
+            return (p if hidden is None else hidden + 1) * target.width
         return num_prefix(target, self.num_virtual_tokens, self.reparameterize)
 
     def total_trainable(self, targets: list[Target]) -> int:
