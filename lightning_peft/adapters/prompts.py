@@ -116,7 +116,7 @@ class TextTokens(Tokens):
             positions = counted if self.causal and "position_ids" in names else None
         if positions is not None:
             if mask is None and self.causal and not past:  # transformers finds packed documents by their positions
-                given["attention_mask"] = mask = documents(positions)
+                mask = documents(positions)
             given["position_ids"] = self._positions(positions, past)
         if "cache_position" in given and given["cache_position"] is not None:
             given["cache_position"] = self._positions(given["cache_position"], past)
@@ -225,9 +225,14 @@ class TextTokens(Tokens):
         return answer
 
 
-def documents(positions: Tensor) -> Tensor:
-    """(rows, 1, n, n), True where a token looks: back to the start of its document, where positions do not go on."""
+def documents(positions: Tensor) -> Tensor | None:
+    """(rows, 1, n, n), True where a token looks: back to the start of its document, where positions do not go on.
+
+    None where each row is one document, for which the model has a mask of its own: it may look over a window alone.
+    """
     ahead = positions[:, 1:] != positions[:, :-1] + 1
+    if not torch.compiler.is_compiling() and not ahead.any():
+        return None
     document = F.pad(ahead.long().cumsum(1), (1, 0))
     return document.unsqueeze(2).eq(document.unsqueeze(1)).tril().unsqueeze(1)
 
