@@ -95,12 +95,14 @@ class CachedPrefix(TextTokens):
                 given[key] = given[key] + self.p
         use = given.get("use_cache")
         asked = getattr(layer.module.config, "use_cache", False) if use is None else use
-        answer = self.answer(given | {name: cache}, layer)
-        if self._past(cache) != held + n:
+        module = layer.module  # its layers are not given the cache where they are computed again in the backward pass
+        again = getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()
+        answer = None if again else self.answer(given | {name: cache}, layer)
+        if again or self._past(cache) != held + n:
             raise AdapterError(
-                f"{self.who}: {base_class(layer.module).__name__} left the cache that it was given as it was, so no "
-                "token saw the prefix. Gradient checkpointing of transformers takes the cache away: switch it off, or "
-                "use place='attention'."
+                f"{self.who}: the layers of {base_class(module).__name__} do not use the cache that it is given, so no "
+                "token sees the prefix. Gradient checkpointing of transformers takes it away: switch that off, or use "
+                "place='attention'."
             )
         return _without(answer, cache) if theirs is None and not (asked and self.causal) else answer
 

@@ -152,7 +152,8 @@ def _write_prefix(method: PrefixTuning, found: Found, model: nn.Module, state: S
         "token_dim": first.keys,
         "num_attention_heads": first.heads,
         "num_layers": _number_of_layers(found),
-        "prefix_projection": False,  # what is in the file is what a network has made
+        "prefix_projection": method.reparameterize is not None,
+        "encoder_hidden_size": method.reparameterize,
     }
 
 
@@ -209,4 +210,6 @@ ROWS = {
         derived=_made_prefix,
         known=f"{_SIZES} prefix_projection encoder_hidden_size init_weights",
     ),
+    # the same, but for the first tokens, which do not train there
+    "CARTRIDGE": Row(**_PREFIXES, training={"num_frozen_tokens": 0}, known=_SIZES),
 }
