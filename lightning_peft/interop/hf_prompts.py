@@ -22,6 +22,7 @@ from lightning_peft.methods import PrefixTuning, PromptTuning, PTuning
 from lightning_peft.parts.caches import cache_target
 
 PROMPT = "prompt_embeddings"
+_SEEN = "prefix_as_seen"  # ours beside it, where HF PEFT deals the layers out in another order
 
 # class of model -> what HF PEFT calls its task: how a prompt comes in depends on it
 _TASKS = {
@@ -118,8 +119,10 @@ def _as_handed_out(table: Tensor, n_theirs: int, n_ours: int, in_fours: bool) ->
 
 
 def _prefix_places(path: str, module: Any, adapter: Any, found: Found) -> dict[str, Place]:
-    plain = adapter.prompt.trunk is None and not module.config.is_encoder_decoder
-    return {"prompt.table": Place(PROMPT, tuple(adapter.prompt.table.shape))} if plain else {}
+    if adapter.prompt.trunk is not None:
+        return {}
+    key = _SEEN if module.config.is_encoder_decoder else PROMPT
+    return {"prompt.table": Place(key, tuple(adapter.prompt.table.shape))}
 
 
 def _made_prefix(found: Found, state: State) -> dict[str, Tensor]:
@@ -170,8 +173,8 @@ def _read_prefix(
             f"the file holds {shape} as {PROMPT!r} of {n} layers, and the cache of {base_class(model).__name__} has "
             f"{n_ours}, with {target.width} features of each of {p} tokens: it is torn, or for another model."
         )
-    prefix = target.site.prefix(target.name) + "prompt.table"
-    return method, {"": {prefix: _as_handed_out(table, n, n_ours, in_fours)}}
+    key = _SEEN if target.module.config.is_encoder_decoder else PROMPT  # type: ignore[union-attr]  # it has one
+    return method, {"": {key: _as_handed_out(table, n, n_ours, in_fours)}}
 
 
 _PROMPTS: dict[str, Any] = {

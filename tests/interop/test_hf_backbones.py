@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from lightning import LightningModule
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -467,6 +468,26 @@ def test_a_prefix_goes_both_ways_with_the_head_of_a_classifier(name: str, tmp_pa
     save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(base(name, cls), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(answer_of(again), answer_of(theirs), rtol=1e-9, atol=1e-9)
+
+
+class Lit(LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any) -> None: ...
+
+
+@each_task
+def test_a_prefix_goes_both_ways_in_a_lightning_module(name: str, tmp_path: Path) -> None:
+    ours, _ = prefixed(name, "prefix", tmp_path / "theirs")
+    lit = load_adapter(Lit(base(name, TASKS[name][1])), tmp_path / "theirs")
+    assert torch.equal(answer(name, lit.net), answer(name, ours))
+    save_adapter(lit, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(base(name, TASKS[name][1]), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(answer(name, theirs), answer(name, ours), rtol=1e-9, atol=1e-9)
+    again = load_adapter(Lit(base(name, TASKS[name][1])), tmp_path / "ours")
+    assert torch.equal(answer(name, again.net), answer(name, ours))
 
 
 def test_a_cartridge_says_that_its_first_tokens_train_here(tmp_path: Path) -> None:
