@@ -68,43 +68,45 @@ class CachedPrefix(TextTokens):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the part answers behind the prefix."""
-        given, below = self.given(x, layer), [other for other in layer.below if isinstance(other, Tokens)]
+        module, given = layer.module, self.given(x, layer)
+        below = [other for other in layer.below if isinstance(other, Tokens)]
         if not all(isinstance(other, CachedPrefix) for other in below):
             raise AdapterError(
                 f"{self.who}: a prompt lies below a prefix in the cache, and would take it for its own. Inject the "
                 "prompt after the prefix."
             )
-        name = next(name for name in CACHES if name in (given.keys() & {*CACHES} or layer.module._parameter_names))
+        name = next(name for name in CACHES if name in (given.keys() & {*CACHES} or module._parameter_names))
         cache = theirs = given.get(name)
-        batch, n = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[:2]
         past = self._past(cache)
+        batch, n = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[:2]
         self._check(given, max(past - self.p - sum(other.p for other in below), 0), n)
         if cache is None:
-            cache = empty_cache(layer.module, given.get("encoder_hidden_states") is not None)
+            cache = empty_cache(module, given.get("encoder_hidden_states") is not None)
         if not past:  # then those below find their prefix there
-            self._fill(cache, [*below, self], batch, layer.module.get_input_embeddings().weight.dtype)
+            self._fill(cache, [*below, self], batch, module.get_input_embeddings().weight.dtype)
         held = self._past(cache)
-
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        if mask is None and positions is not None and positions.dim() == 2 and self.causal and not past:
-            mask = documents(positions)  # which transformers finds by their positions, where there is no cache
-        if mask is not None:
-            given["attention_mask"] = self._mask(mask, rows=False)
-        for key in ("position_ids", "cache_position"):
-            if given.get(key) is not None:
-                given[key] = given[key] + self.p
         use = given.get("use_cache")
-        asked = getattr(layer.module.config, "use_cache", False) if use is None else use
-        module = layer.module  # its layers are not given the cache where they are computed again in the backward pass
+        asked = self.causal and (getattr(module.config, "use_cache", False) if use is None else use)
+
+        # where layers are computed again in the backward pass, they are not given the cache
         again = getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()
-        answer = None if again else self.answer(given | {name: cache}, layer)
+        answer = None if again else self.answer(self._moved_on(given, packed=not past) | {name: cache}, layer)
         if again or self._past(cache) != held + n:
             raise AdapterError(
                 f"{self.who}: the layers of {base_class(module).__name__} do not use the cache that it is given, so no "
                 "token sees the prefix. Gradient checkpointing of transformers takes it away: switch that off, or use "
                 "place='attention'."
             )
-        return _without(answer, cache) if theirs is None and not (asked and self.causal) else answer
+        return answer if asked or theirs is not None else _without(answer, cache)
+
+    def _moved_on(self, given: dict[str, Any], packed: bool) -> dict[str, Any]:
+        """``given`` with positions behind the prefix, and a mask that is open to it."""
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is None and positions is not None and positions.dim() == 2 and self.causal and packed:
+            mask = documents(positions)  # which transformers finds by their positions, where there is no cache
+        moved = {} if mask is None else {"attention_mask": self._mask(mask, rows=False)}
+        counts = [key for key in ("position_ids", "cache_position") if given.get(key) is not None]
+        return given | moved | {key: given[key] + self.p for key in counts}
 
     def _fill(self, cache: Any, prefixes: list[Any], batch: int, dtype: torch.dtype) -> None:
         """Put ``prefixes`` into an empty cache, the first of them first."""
