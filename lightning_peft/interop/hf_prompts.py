@@ -112,6 +112,10 @@ def _read_prompt(
 # what was read, and drops the latter: layer i of N sees the prefix of layer 2 i, counted round.
 
 
+def _in_fours(decoder: Any) -> bool:
+    return bool(decoder.config.is_encoder_decoder or getattr(decoder.config, "add_cross_attention", False))
+
+
 def _as_handed_out(table: Tensor, n_theirs: int, n_ours: int, in_fours: bool) -> Tensor:
     """(p, 2 N D) as HF PEFT keeps it -> what the layers see of it."""
     seen = [2 * i % n_theirs if in_fours else i for i in range(n_ours)]
@@ -121,14 +125,14 @@ def _as_handed_out(table: Tensor, n_theirs: int, n_ours: int, in_fours: bool) ->
 def _prefix_places(path: str, module: Any, adapter: Any, found: Found) -> dict[str, Place]:
     if adapter.prompt.trunk is not None:
         return {}
-    key = _SEEN if module.config.is_encoder_decoder else PROMPT
+    key = _SEEN if _in_fours(module) else PROMPT
     return {"prompt.table": Place(key, tuple(adapter.prompt.table.shape))}
 
 
 def _made_prefix(found: Found, state: State) -> dict[str, Tensor]:
     _, module, adapter = found[0]
     table = _made_prompt(found, state)[PROMPT]
-    if not module.config.is_encoder_decoder:
+    if not _in_fours(module):
         return {PROMPT: table}
     n, own = _number_of_layers(found), table.unflatten(1, (len(adapter.layers), -1))
     theirs = own.new_zeros(len(table), n, own.shape[2])
@@ -139,7 +143,7 @@ def _made_prefix(found: Found, state: State) -> dict[str, Tensor]:
 def _number_of_layers(found: Found) -> int:
     """As HF PEFT is to know it: of an even number, two layers of a decoder would see the same prefix."""
     _, module, adapter = found[0]
-    return len(adapter.layers) + (module.config.is_encoder_decoder and len(adapter.layers) % 2 == 0)
+    return len(adapter.layers) + (_in_fours(module) and len(adapter.layers) % 2 == 0)
 
 
 def _write_prefix(method: PrefixTuning, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
@@ -147,11 +151,13 @@ def _write_prefix(method: PrefixTuning, found: Found, model: nn.Module, state: S
     (first,) = kept if len(kept) == 1 else (None,)
     if first is None or first.keys != first.values:
         raise AdapterFileError("HF PEFT has keys and values of one width for all layers, and this model has several.")
-    task = _task(model, state)
+    task, fours = _task(model, state), _in_fours(found[0][1])
+    if fours != (task == "SEQ_2_SEQ_LM"):
+        raise AdapterFileError(f"HF PEFT does not know how {base_class(model).__name__} hands a cache to its decoder.")
     return {
         "task_type": task,
         "num_virtual_tokens": method.num_virtual_tokens,
-        "num_transformer_submodules": 2 if task == "SEQ_2_SEQ_LM" else 1,
+        "num_transformer_submodules": 2 if fours else 1,
         "token_dim": first.keys,
         "num_attention_heads": first.heads,
         "num_layers": _number_of_layers(found),
@@ -173,7 +179,7 @@ def _read_prefix(
             f"the file holds {shape} as {PROMPT!r} of {n} layers, and the cache of {base_class(model).__name__} has "
             f"{n_ours}, with {target.width} features of each of {p} tokens: it is torn, or for another model."
         )
-    key = _SEEN if target.module.config.is_encoder_decoder else PROMPT  # type: ignore[union-attr]  # it has one
+    key = _SEEN if _in_fours(target.module) else PROMPT
     return method, {"": {key: _as_handed_out(table, n, n_ours, in_fours)}}
 
 

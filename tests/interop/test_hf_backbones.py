@@ -456,6 +456,22 @@ def test_a_decoder_sees_the_layers_of_a_prefix_as_hf_peft_hands_them_out(
         _built.cache_clear()
 
 
+def test_a_decoder_that_was_joined_to_an_encoder_is_one_too(tmp_path: Path) -> None:
+    import transformers as t
+
+    def joined() -> Any:
+        torch.manual_seed(1)
+        configs = [t.BertConfig(**CONFIGS["bert"]) for _ in range(2)]
+        return t.EncoderDecoderModel(t.EncoderDecoderConfig.from_encoder_decoder_configs(*configs)).double().eval()
+
+    ours = moved(inject(joined(), PrefixTuning(num_virtual_tokens=3, place="cache")))
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(joined(), str(tmp_path)).eval()
+    given = {"input_ids": IDS, "decoder_input_ids": IDS}
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, rtol=2e-5, atol=2e-5)
+    assert torch.equal(load_adapter(joined(), tmp_path)(**given).logits, ours(**given).logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_prefix_goes_both_ways_with_the_head_of_a_classifier(name: str, tmp_path: Path) -> None:
     cls = "AutoModelForSequenceClassification"
