@@ -246,7 +246,8 @@ def task_ids(model: ModelT, ids: Sequence[int] | Tensor) -> Iterator[ModelT]:
     found = [a for _, _, a in adapters_of(model) if isinstance(a, HFPEFTAdapter) and a._by_task]
     if not found or not len(ids):
         raise AdapterError(
-            f"task_ids: no adapter here looks at tasks (HFPEFT with POLY), or no task is given: {ids!r}."
+            f"task_ids: expected the number of a task for each sample, and an adapter of HFPEFT with POLY; got "
+            f"{ids!r} and {len(found)} such adapters."
         )
     before = [adapter._tasks for adapter in found]
     try:
