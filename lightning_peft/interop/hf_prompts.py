@@ -174,7 +174,8 @@ def _read_prefix(
     target = cache_target(model, p, "PrefixTuning")
     in_fours, n_ours = config.get("num_transformer_submodules") == 2, len(target.layers)
     shape = None if table is None else tuple(table.shape)
-    if table is None or not isinstance(n, int) or n < n_ours or shape != (p, target.width // n_ours * n):
+    fits = isinstance(n, int) and (n >= n_ours if in_fours else n == n_ours)
+    if table is None or not fits or shape != (p, target.width // n_ours * n):
         raise AdapterFileError(
             f"the file holds {shape} as {PROMPT!r} of {n} layers, and the cache of {base_class(model).__name__} has "
             f"{n_ours}, with {target.width} features of each of {p} tokens: it is torn, or for another model."

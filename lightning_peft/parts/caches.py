@@ -105,4 +105,4 @@ def empty_cache(part: Any, with_text: bool) -> Any:
     if library is None or not hasattr(part, "config"):
         raise TargetError(f"{base_class(part).__name__} is no model of transformers: call it with an empty cache.")
     own, beside = (library.DynamicCache(config=part.config) for _ in range(2))
-    return library.EncoderDecoderCache(own, beside) if with_text or part.config.is_encoder_decoder else own
+    return library.EncoderDecoderCache(own, beside) if with_text else own

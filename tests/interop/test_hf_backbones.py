@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning import LightningModule
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -456,6 +457,13 @@ def test_a_decoder_sees_the_layers_of_a_prefix_as_hf_peft_hands_them_out(
         _built.cache_clear()
 
 
+def test_what_is_trained_whole_beside_a_prefix_is_read(tmp_path: Path) -> None:
+    ours, _ = prefixed("t5", "prefix", tmp_path, modules_to_save=["decoder.final_layer_norm"])
+    norm = load_file(tmp_path / "adapter_model.safetensors")["base_model.decoder.final_layer_norm.weight"]
+    assert torch.equal(ours.decoder.final_layer_norm.weight, norm)
+    assert not torch.equal(norm, base("t5", TASKS["t5"][1]).decoder.final_layer_norm.weight)
+
+
 def test_a_decoder_that_was_joined_to_an_encoder_is_one_too(tmp_path: Path) -> None:
     import transformers as t
 
@@ -535,6 +543,23 @@ def test_a_prefix_that_does_not_fit_is_refused(change: dict[str, Any], part: str
     with pytest.raises(AdapterFileError, match=part):
         load_adapter(model, tmp_path)
     assert not hasattr(model, "_peft")
+
+
+@pytest.mark.parametrize(("name", "setting"), [("llama", "num_hidden_layers"), ("t5", "num_layers")])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_prefix_for_another_depth_is_refused(
+    name: str, setting: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other:
+        other.setitem(CONFIGS, name, CONFIGS[name] | {setting: n})
+        _built.cache_clear()
+        prefixed(name, "prefix", tmp_path)
+        _built.cache_clear()
+    if (name, n) == ("t5", 3):  # it has the layers that these two see
+        load_adapter(base(name, TASKS[name][1]), tmp_path)
+        return
+    with pytest.raises(AdapterFileError, match=f"of {n} layers, and the cache of .* has 2"):
+        load_adapter(base(name, TASKS[name][1]), tmp_path)
 
 
 def test_a_prefix_of_hf_peft_needs_a_cache(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import PrefixTuning, PromptTuning, disabled, inject
-from lightning_peft.engine import AdapterError, TargetError, adapters_of
+from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of
 from tests.methods import backbones, test_invariants
 from tests.methods.backbones import backbone, moved
 
@@ -173,6 +173,14 @@ def test_positions_that_are_given_count_on(name: str) -> None:
     cache = filled(model, 1 if name == "llama" else 3, 2)
     expected = plain(tokens, attention_mask=longer(MASK), position_ids=positions + P, cache=cache).logits
     torch.testing.assert_close(model(tokens, attention_mask=MASK, position_ids=positions).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("method", [CASES[0], PromptTuning(num_virtual_tokens=2)], ids=["prefix", "prompt"])
+def test_what_a_model_looks_over_is_no_matter_of_positions(method: Method, name: str) -> None:
+    model, tokens = moved(inject(base(name), method)), ids(2, 9)
+    expected = model(tokens).logits
+    torch.testing.assert_close(model(tokens, position_ids=torch.arange(9)[None]).logits, expected)
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
