@@ -96,16 +96,10 @@ class TextTokens(Tokens):
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """What the module answers; its own tokens alone, unless a decoder is to look at the prompt too."""
-        names, first = layer.module._parameter_names, layer.keyword or layer.module._parameter_names[0]
-        given = layer.arguments() | {first: x}
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise AdapterError(
-                f"{self.who}: {base_class(layer.module).__name__} was given "
-                f"{'neither' if ids is None else 'both'} of input_ids and inputs_embeds. Give one of them."
-            )
+        names, given = layer.module._parameter_names, self.given(x, layer)
+        embeds = given.get("inputs_embeds")
         if embeds is None:
-            embeds = layer.module.get_input_embeddings()(ids)
+            embeds = layer.module.get_input_embeddings()(given["input_ids"])
         past = self._past(given.get("cache", given.get("past_key_values")))
         before = max(
             past - self.p - sum(other.p for other in _below(layer)), 0
@@ -122,7 +116,7 @@ class TextTokens(Tokens):
             positions = counted if self.causal and "position_ids" in names else None
         if positions is not None:
             if mask is None and self.causal and not past:  # transformers finds packed documents by their positions
-                given["attention_mask"] = mask = _documents(positions)
+                mask = documents(positions)
             given["position_ids"] = self._positions(positions, past)
         if "cache_position" in given and given["cache_position"] is not None:
             given["cache_position"] = self._positions(given["cache_position"], past)
@@ -136,10 +130,29 @@ class TextTokens(Tokens):
             types = given.get("token_type_ids")
             if types is not None:
                 given["token_type_ids"] = self.insert(types, types[:, :1].expand(-1, self.p))
-        given |= {"inputs_embeds": embeds}
         given.pop("input_ids", None)
-        answer = layer(given.pop(first, None), **given)
+        answer = self.answer(given | {"inputs_embeds": embeds}, layer)
         return answer if past or not self.removes else self._without(answer, n + self.p)
+
+    def given(self, x: Any, layer: Layer) -> dict[str, Any]:
+        """Name -> value of all that the module was given.
+
+        Raises:
+            AdapterError: neither ids nor their embeddings are among them, or both.
+        """
+        given = layer.arguments() | {layer.keyword or layer.module._parameter_names[0]: x}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise AdapterError(
+                f"{self.who}: {base_class(layer.module).__name__} was given "
+                f"{'neither' if ids is None else 'both'} of input_ids and inputs_embeds. Give one of them."
+            )
+        return given
+
+    def answer(self, given: dict[str, Any], layer: Layer) -> Any:
+        """What the module answers when it is given this."""
+        first = layer.keyword or layer.module._parameter_names[0]
+        return layer(given.pop(first, None), **given)
 
     def _past(self, cache: Any) -> int:
         try:
@@ -212,9 +225,14 @@ class TextTokens(Tokens):
         return answer
 
 
-def _documents(positions: Tensor) -> Tensor:
-    """(rows, 1, n, n), True where a token looks: back to the start of its document, where positions do not go on."""
+def documents(positions: Tensor) -> Tensor | None:
+    """(rows, 1, n, n), True where a token looks: back to the start of its document, where positions do not go on.
+
+    None where each row is one document, for which the model has a mask of its own: it may look over a window alone.
+    """
     ahead = positions[:, 1:] != positions[:, :-1] + 1
+    if not torch.compiler.is_compiling() and not ahead.any():
+        return None
     document = F.pad(ahead.long().cumsum(1), (1, 0))
     return document.unsqueeze(2).eq(document.unsqueeze(1)).tril().unsqueeze(1)
 

@@ -201,9 +201,9 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     """Put the adapter of ``folder`` into ``model`` under ``name``, and return the model.
 
     Reads what `save_adapter` wrote; what HF PEFT's ``save_pretrained`` wrote for LoRA and its kin, AdaLoRA, LoHa, LoKr,
-    MiSS (Bone), (IA)^3, prompt tuning and P-tuning, and for its other types by ``peft`` itself (`HFPEFT`); and what
-    ``save_lora_adapter`` and ``save_lora_weights`` of diffusers wrote. If the same method is in the model under this
-    name already, its values are replaced.
+    MiSS (Bone), (IA)^3, prompt tuning, P-tuning and prefix tuning, and for its other types by ``peft`` itself
+    (`HFPEFT`); and what ``save_lora_adapter`` and ``save_lora_weights`` of diffusers wrote. If the same method is in
+    the model under this name already, its values are replaced.
 
     Args:
         model: a model like the one the adapter was made with, or a LightningModule with it inside.

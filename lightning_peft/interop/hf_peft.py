@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
+from lightning_peft.adapters.prompts import Tokens
 from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
 from lightning_peft.engine.slots import plain_name
@@ -147,7 +148,7 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
     found = adapters_of(model, name)
     if found and isinstance(found[0][2], hfpeft.HFPEFTAdapter):
         return hfpeft.from_peft(model, name, tensors)
-    prompt = hf_prompts.PROMPT in tensors
+    prompt = any(isinstance(adapter, Tokens) for _, _, adapter in found)
     prefix = "base_model." if prompt else PREFIX
     left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}
     state = {

@@ -1,8 +1,9 @@
-"""The types of HF PEFT that put trained tokens in front of a text.
+"""The types of HF PEFT that put trained tokens in front of a text, or their keys and values into its cache.
 
-Their files hold the embedded prompt alone, also of P-tuning, whose network is thrown away there: it is read as a
-`PromptTuning`, and a `PTuning` writes its network beside it, under our own names. The prompt of HF PEFT stands in front
-of all tokens, so ``class_tokens=0`` here; its answers are longer by the prompt, and ours are not.
+Their files hold what is put there alone, also where a small network made it, which is thrown away there: P-tuning is
+read as a `PromptTuning`, and a `PTuning` writes its network beside it, under our own names; so does a `PrefixTuning`.
+The prompt of HF PEFT stands in front of all tokens, so ``class_tokens=0`` here; its answers are longer by the prompt,
+and ours are not.
 """
 
 import copy
@@ -12,13 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.adapters.cached_prefix import CachedPrefix
 from lightning_peft.adapters.prompts import TextTokens, Tokens
 from lightning_peft.engine import AdapterFileError, Method
 from lightning_peft.engine.slots import base_class
 from lightning_peft.interop.hf_format import Found, NoCounterpart, Parts, Place, Row, State
-from lightning_peft.methods import PromptTuning, PTuning
+from lightning_peft.methods import PrefixTuning, PromptTuning, PTuning
+from lightning_peft.parts.caches import cache_target
 
 PROMPT = "prompt_embeddings"
+_SEEN = "prefix_as_seen"  # ours beside it, where HF PEFT deals the layers out in another order
 
 # class of model -> what HF PEFT calls its task: how a prompt comes in depends on it
 _TASKS = {
@@ -55,7 +59,12 @@ def _made_prompt(found: Found, state: State) -> dict[str, Tensor]:
     return {PROMPT: prompt().detach()}
 
 
-def _write_prompt(method: PromptTuning | PTuning, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
+def _task(model: nn.Module, state: State) -> str:
+    """What HF PEFT calls the task of ``model``.
+
+    Raises:
+        AdapterFileError: it knows none, or wants a head in the file that is not among what is saved.
+    """
     task = next((task for kind, task in _TASKS.items() if re.search(f"({kind})$", base_class(model).__name__)), None)
     if task == "CAUSAL_LM" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         task = "SEQ_2_SEQ_LM"
@@ -69,8 +78,12 @@ def _write_prompt(method: PromptTuning | PTuning, found: Found, model: nn.Module
         raise AdapterFileError(
             f"HF PEFT wants the head {missing[0]!r} in a file for {task}, and it is not trained here (modules_to_save)."
         )
+    return task
+
+
+def _write_prompt(method: PromptTuning | PTuning, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
     config = {
-        "task_type": task,
+        "task_type": _task(model, state),
         "num_virtual_tokens": method.num_virtual_tokens,
         "num_transformer_submodules": 1,
         "token_dim": next(a.prompt.table.shape[1] for _, _, a in found if a.prompt is not None),
@@ -95,6 +108,82 @@ def _read_prompt(
     return PromptTuning(num_virtual_tokens=p, class_tokens=0, modules_to_save=whole), {"": {PROMPT: table[:p]}}
 
 
+# Of an encoder and a decoder HF PEFT hands out keys and values in fours, for the attention to the text and for that to
+# what was read, and drops the latter: layer i of N sees the prefix of layer 2 i, counted round.
+
+
+def _in_fours(decoder: Any) -> bool:
+    return bool(decoder.config.is_encoder_decoder or getattr(decoder.config, "add_cross_attention", False))
+
+
+def _as_handed_out(table: Tensor, n_theirs: int, n_ours: int, in_fours: bool) -> Tensor:
+    """(p, 2 N D) as HF PEFT keeps it -> what the layers see of it."""
+    seen = [2 * i % n_theirs if in_fours else i for i in range(n_ours)]
+    return table.unflatten(1, (n_theirs, -1))[:, seen].flatten(1)
+
+
+def _prefix_places(path: str, module: Any, adapter: Any, found: Found) -> dict[str, Place]:
+    if adapter.prompt.trunk is not None:
+        return {}
+    key = _SEEN if _in_fours(module) else PROMPT
+    return {"prompt.table": Place(key, tuple(adapter.prompt.table.shape))}
+
+
+def _made_prefix(found: Found, state: State) -> dict[str, Tensor]:
+    _, module, adapter = found[0]
+    table = _made_prompt(found, state)[PROMPT]
+    if not _in_fours(module):
+        return {PROMPT: table}
+    n, own = _number_of_layers(found), table.unflatten(1, (len(adapter.layers), -1))
+    theirs = own.new_zeros(len(table), n, own.shape[2])
+    theirs[:, [2 * i % n for i in range(own.shape[1])]] = own
+    return {PROMPT: theirs.flatten(1)}
+
+
+def _number_of_layers(found: Found) -> int:
+    """As HF PEFT is to know it: of an even number, two layers of a decoder would see the same prefix."""
+    _, module, adapter = found[0]
+    return len(adapter.layers) + (_in_fours(module) and len(adapter.layers) % 2 == 0)
+
+
+def _write_prefix(method: PrefixTuning, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
+    kept = set(found[0][2].layers)
+    (first,) = kept if len(kept) == 1 else (None,)
+    if first is None or first.keys != first.values:
+        raise AdapterFileError("HF PEFT has keys and values of one width for all layers, and this model has several.")
+    task, fours = _task(model, state), _in_fours(found[0][1])
+    if fours != (task == "SEQ_2_SEQ_LM"):
+        raise AdapterFileError(f"HF PEFT does not know how {base_class(model).__name__} hands a cache to its decoder.")
+    return {
+        "task_type": task,
+        "num_virtual_tokens": method.num_virtual_tokens,
+        "num_transformer_submodules": 2 if fours else 1,
+        "token_dim": first.keys,
+        "num_attention_heads": first.heads,
+        "num_layers": _number_of_layers(found),
+        "prefix_projection": method.reparameterize is not None,
+        "encoder_hidden_size": method.reparameterize,
+    }
+
+
+def _read_prefix(
+    config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model: nn.Module
+) -> tuple[Method, Parts]:
+    p, n, table = config["num_virtual_tokens"], config["num_layers"], found.get("", {}).get(PROMPT)
+    method = PrefixTuning(num_virtual_tokens=p, place="cache", modules_to_save=whole)
+    target = cache_target(model, p, "PrefixTuning")
+    in_fours, n_ours = config.get("num_transformer_submodules") == 2, len(target.layers)
+    shape = None if table is None else tuple(table.shape)
+    fits = isinstance(n, int) and (n >= n_ours if in_fours else n == n_ours)
+    if table is None or not fits or shape != (p, target.width // n_ours * n):
+        raise AdapterFileError(
+            f"the file holds {shape} as {PROMPT!r} of {n} layers, and the cache of {base_class(model).__name__} has "
+            f"{n_ours}, with {target.width} features of each of {p} tokens: it is torn, or for another model."
+        )
+    key = _SEEN if _in_fours(target.module) else PROMPT
+    return method, {"": {key: _as_handed_out(table, n, n_ours, in_fours)}}
+
+
 _PROMPTS: dict[str, Any] = {
     "names": (PROMPT,),
     "places": {Tokens: _prompt_places},
@@ -104,6 +193,12 @@ _PROMPTS: dict[str, Any] = {
     "plain": {"task_type": tuple(_TASKS.values())},
     "prefix": "",
     "whole_prefix": "base_model.",
+}
+_PREFIXES = _PROMPTS | {
+    "places": {CachedPrefix: _prefix_places},
+    "write": _write_prefix,
+    "read": _read_prefix,
+    "required": ("num_virtual_tokens", "num_layers"),
 }
 _SIZES = "token_dim num_transformer_submodules num_attention_heads num_layers"
 
@@ -120,7 +215,11 @@ ROWS = {
         known=f"{_SIZES} encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout",
     ),
     "PREFIX_TUNING": Row(
-        names=(),
-        because="its prefix moves the positions of all tokens, and that of our PrefixTuning does not.",
+        **_PREFIXES,
+        methods=(PrefixTuning,),
+        derived=_made_prefix,
+        known=f"{_SIZES} prefix_projection encoder_hidden_size init_weights",
     ),
+    # the same, but for the first tokens, which do not train there
+    "CARTRIDGE": Row(**_PREFIXES, training={"num_frozen_tokens": 0}, known=_SIZES),
 }

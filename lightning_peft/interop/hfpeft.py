@@ -15,10 +15,11 @@ Merge: W' = what ``merge`` of the tuner makes of W, where it has one.
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ from lightning_peft.engine import (
     slots,
 )
 from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.inject import ModelT
 from lightning_peft.engine.slots import Layer, Site, plain_name
 from lightning_peft.engine.state import adapter_state, refuse
 from lightning_peft.engine.targets import Target, sites
@@ -52,10 +54,9 @@ _REFUSED = {
     "MULTITASK_PROMPT_TUNING": _PROMPTS + "PromptTuning.",
     "CPT": _PROMPTS + "PromptTuning.",
     "P_TUNING": _PROMPTS + "PTuning.",
-    "PREFIX_TUNING": _PROMPTS + "PrefixTuning.",
-    "CARTRIDGE": _PROMPTS + "PrefixTuning.",
+    "PREFIX_TUNING": _PROMPTS + "PrefixTuning(place='cache').",
+    "CARTRIDGE": _PROMPTS + "PrefixTuning(place='cache').",
     "ADALORA": "drops ranks in calls that the training loop has to make. AdaLoRA of lightning_peft makes them itself.",
-    "POLY": "wants task_ids with each call, which the model of HF PEFT takes and others do not.",
     "XLORA": "calls the model twice, and needs adapters that were trained before. Load those under names of their own.",
     "SHADOW": "runs a network beside the model that none of its layers holds. See LadderSideTuning of lightning_peft.",
 }
@@ -148,6 +149,8 @@ class HFPEFTAdapter(Adapter):
         self.layer = target.layer
         # no children: they are the base
         self.__dict__.update(shadow=target.shadow, holders=target.holders, tuned=target.tuned)
+        self._by_task = "task_ids" in inspect.signature(target.layer.forward).parameters  # in Poly
+        self._tasks: Tensor | None = None
         self._trained = {name for name, p in target.layer.named_parameters() if p.requires_grad}
 
     def forward(self, x: Any, layer: Layer) -> Any:
@@ -166,10 +169,25 @@ class HFPEFTAdapter(Adapter):
         shadow.__dict__["forward"] = below
         try:
             if keyword is None or self.site.kind != "module":  # single layers call it x, whatever its name was
-                return self.layer(x, **layer.arguments())
+                return self.layer(x, **layer.arguments(), **self._tasks_of(x))
             return self.layer(**{keyword: x}, **layer.arguments())
         finally:
             del shadow.__dict__["forward"]
+
+    def _tasks_of(self, x: Tensor) -> dict[str, Tensor]:
+        if not self._by_task:
+            return {}
+        if self._tasks is None:
+            raise AdapterError(
+                "HFPEFT: POLY answers each sample as its task wants it. Call the model inside of "
+                "`with lightning_peft.interop.task_ids(model, ids):`, one number for each sample."
+            )
+        if len(x) % len(self._tasks):
+            raise AdapterError(
+                f"HFPEFT: a layer was given a batch of {len(x)}, and task_ids has {len(self._tasks)} numbers. Give one "
+                "for each sample."
+            )
+        return {"task_ids": self._tasks.to(x.device).repeat_interleave(len(x) // len(self._tasks))}
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -214,6 +232,32 @@ class HFPEFTAdapter(Adapter):
         for name, parameter in self.layer.named_parameters():
             parameter.requires_grad_(requires_grad and name in self._trained)
         return self
+
+
+@contextlib.contextmanager
+def task_ids(model: ModelT, ids: Sequence[int] | Tensor) -> Iterator[ModelT]:
+    """While it lasts, sample i of each batch is of task ``ids[i]``, for adapters of HF PEFT's Poly in ``model``.
+
+    A batch that is k times as long has k samples for each, one behind the other, as beams of ``generate`` are. Where
+    activations are checkpointed, call ``backward`` inside too.
+
+    Raises:
+        AdapterError: there is no such adapter. Inside: a layer is given a batch that fits not the number of ``ids``.
+    """
+    found = [a for _, _, a in adapters_of(model) if isinstance(a, HFPEFTAdapter) and a._by_task]
+    if not found or not len(ids):
+        raise AdapterError(
+            f"task_ids: expected the number of a task for each sample, and an adapter of HFPEFT with POLY; got "
+            f"{ids!r} and {len(found)} such adapters."
+        )
+    before = [adapter._tasks for adapter in found]
+    try:
+        for adapter in found:
+            adapter._tasks = torch.as_tensor(ids)
+        yield model
+    finally:
+        for adapter, tasks in zip(found, before, strict=True):
+            adapter._tasks = tasks
 
 
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:

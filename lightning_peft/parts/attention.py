@@ -78,6 +78,12 @@ def _keys_in(module: nn.Module, d_out: int) -> int:
     return d_out // 3
 
 
+def heads_of(module: nn.Module) -> int | None:
+    """How many heads the keys of an attention have; None if it does not say how wide they are."""
+    widths, width = widths_of(module), _number(module, "head_dim", "key_value_proj_dim", "attention_head_size")
+    return None if widths is None or not width else widths.keys // width
+
+
 def _number(module: nn.Module, *names: str) -> int | None:
     owners = (module, getattr(module, "config", None))
     return next((n for owner in owners for name in names if isinstance(n := getattr(owner, name, None), int)), None)

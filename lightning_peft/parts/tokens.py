@@ -68,11 +68,9 @@ def text_targets(
     Raises:
         TargetError: there are several, or none of that path, or it has too few positions.
     """
-    found = {name: part for name, part in model.named_modules() if embedding_of(part) is not None}
-    outer = {name for name in found if any(other != name and (not name or is_below(other, name)) for other in found)}
-    found = {name: part for name, part in found.items() if name not in outer}
-    pairs = {name: pair for name, part in model.named_modules() if (pair := _encoder_decoder(part, name)) is not None}
-    decoders = {decoder for _, decoder in pairs.values()}
+    found = text_parts(model)
+    pairs = encoders_and_decoders(model)
+    decoders = {decoder for _, decoder in pairs}
     if module is not None:
         if module not in found:
             raise TargetError(
@@ -88,10 +86,10 @@ def text_targets(
         )
     targets = []
     for name in chosen:
-        part, decoder = found[name], next((d for encoder, d in pairs.values() if encoder == name), None)
-        causal = _is_causal(part)
+        part, decoder = found[name], next((d for encoder, d in pairs if encoder == name), None)
+        causal = is_causal(part)
         start = class_tokens if class_tokens is not None else int(not causal and decoder is None)
-        limit = _positions(part)
+        limit = positions_of(part)
         if limit is not None and p >= limit:
             raise TargetError(
                 f"{who}: num_virtual_tokens={p}, but {base_class(part).__name__} has {limit} positions for them and "
@@ -105,6 +103,19 @@ def text_targets(
     return targets
 
 
+def text_parts(model: nn.Module) -> dict[str, Any]:
+    """Name -> module of the parts that embed ids, the innermost ones."""
+    found = {name: part for name, part in model.named_modules() if embedding_of(part) is not None}
+    outer = {name for name in found if any(other != name and (not name or is_below(other, name)) for other in found)}
+    return {name: part for name, part in found.items() if name not in outer}
+
+
+def encoders_and_decoders(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of each encoder that embeds ids, and of the decoder that looks at what it answers."""
+    pairs = (_encoder_decoder(part, name) for name, part in model.named_modules())
+    return [pair for pair in pairs if pair is not None]
+
+
 def parameters_of(module: Any) -> tuple[str, ...]:
     """Names of what the forward of ``module`` takes."""
     if is_slot(module):
@@ -112,7 +123,7 @@ def parameters_of(module: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def _is_causal(part: nn.Module) -> bool:
+def is_causal(part: nn.Module) -> bool:
     """As its attentions say; one that says nothing is, if it keeps a cache."""
     said = [m.is_causal for m in find_attentions(part).values() if isinstance(getattr(m, "is_causal", None), bool)]
     caches = {"cache", "past_key_values", "cache_params"} & set(parameters_of(part))
@@ -140,7 +151,7 @@ def _encoder_decoder(part: nn.Module, name: str) -> tuple[str, str] | None:
     return (f"{name}.encoder".lstrip("."), f"{name}.decoder".lstrip(".")) if looks else None
 
 
-def _positions(part: Any) -> int | None:
+def positions_of(part: Any) -> int | None:
     """How many positions a table of trained ones has for tokens."""
     tokens = part.get_input_embeddings()
     for name, module in part.named_modules():

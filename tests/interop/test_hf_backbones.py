@@ -6,6 +6,7 @@ starts that HF PEFT decomposes in float32 alone are compared in that.
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from lightning import LightningModule
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -31,6 +34,7 @@ from lightning_peft import (
     LoRAGGPO,
     LoRAPro,
     MiSS,
+    PrefixTuning,
     PromptTuning,
     PTuning,
     VeRA,
@@ -38,7 +42,7 @@ from lightning_peft import (
     load_adapter,
     save_adapter,
 )
-from lightning_peft.engine import Method
+from lightning_peft.engine import AdapterFileError, Method, TargetError
 from tests.methods.backbones import backbone, moved
 from tests.papers.denoisers import denoise_text
 
@@ -50,6 +54,8 @@ pytestmark = [
     # a targeted embedding is saved whole beside its update
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
+    # the name by which HF PEFT hands over a prefix
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False"),
 ]
 
@@ -347,6 +353,219 @@ def test_a_prompt_that_hf_peft_has_no_place_for_is_written_in_our_own_format(
         save_adapter(ours, tmp_path)
     again = load_adapter(base("bert", cls), tmp_path)
     assert torch.equal(again(input_ids=IDS)[0], ours(input_ids=IDS)[0])
+
+
+# in a copy: HF PEFT writes the sizes of the model into it
+PREFIXES: dict[str, Callable[..., Any]] = {
+    "prefix": lambda **given: peft.PrefixTuningConfig(num_virtual_tokens=3, **given),
+    "projection": lambda **given: peft.PrefixTuningConfig(
+        num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=5, **given
+    ),
+    "cartridge": lambda **given: peft.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=0, **given),
+}
+LEFT = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+MASKS = {"none": None, "left": LEFT, "right": LEFT.flip(1)}
+
+
+def prefixed(
+    name: str, kind: str, tmp_path: Path, cls: str | None = None, dtype: torch.dtype = torch.float64, **given: Any
+) -> tuple[Any, Any]:
+    """The adapter of HF PEFT read here, and by HF PEFT itself."""
+    task = given.setdefault("task_type", TASKS[name][0])
+    cls = cls or TASKS[name][1]
+    hf_moved(base(name, cls, dtype), PREFIXES[kind](**given)).save_pretrained(str(tmp_path))
+    theirs = PeftModel.from_pretrained(base(name, cls, dtype), str(tmp_path)).eval()
+    assert theirs.peft_config["default"].task_type == task
+    return load_adapter(base(name, cls, dtype), tmp_path), theirs
+
+
+@torch.no_grad()
+def masked(name: str, model: Any, mask: Tensor | None) -> Tensor:
+    """Its first answer; of an encoder and a decoder both texts are masked."""
+    given = {"input_ids": IDS} | ({} if mask is None else {"attention_mask": mask})
+    if name == "t5":
+        given |= {f"decoder_{key}": value for key, value in given.items()}
+    return model(**given)[0]
+
+
+@each_task
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_prefix_of_hf_peft_is_read(kind: str, name: str, tmp_path: Path) -> None:
+    ours, theirs = prefixed(name, kind, tmp_path)
+    for mask in MASKS.values():
+        seen, without = masked(name, ours, mask), masked(name, base(name, TASKS[name][1]), mask)
+        torch.testing.assert_close(seen, masked(name, theirs, mask), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(seen, without, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_prefix_of_hf_peft_is_read_in_single_precision(name: str, tmp_path: Path) -> None:
+    ours, theirs = prefixed(name, "prefix", tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(masked(name, ours, LEFT), masked(name, theirs, LEFT), rtol=2e-5, atol=2e-5)
+
+
+@each_task
+@pytest.mark.parametrize("hidden", [None, 5], ids=["direct", "network"])
+def test_a_prefix_of_ours_is_read_by_hf_peft(hidden: int | None, name: str, tmp_path: Path) -> None:
+    task, cls = TASKS[name]
+    ours = moved(inject(base(name, cls), PrefixTuning(num_virtual_tokens=3, place="cache", reparameterize=hidden)))
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(base(name, cls), str(tmp_path)).eval()
+    assert theirs.peft_config["default"].task_type == task
+    for mask in MASKS.values():  # HF PEFT keeps a prefix in float32
+        torch.testing.assert_close(masked(name, ours, mask), masked(name, theirs, mask), rtol=2e-5, atol=2e-5)
+    again = load_adapter(base(name, cls), tmp_path)
+    assert torch.equal(answer(name, again), answer(name, ours))
+
+
+@pytest.mark.parametrize("mask", [torch.ones_like(LEFT), LEFT], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_generation_behind_a_prefix_is_as_by_hf_peft(name: str, mask: Tensor, tmp_path: Path) -> None:
+    """Token by token: HF PEFT's own ``generate`` hands its prefix over under a name that transformers has changed."""
+    ours, theirs = prefixed(name, "prefix", tmp_path)
+    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": mask}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if name == "t5":
+        options |= {"decoder_start_token_id": 2}
+        given |= {"decoder_input_ids": torch.full((2, 1), 2)}
+    made = [ours.generate(IDS, attention_mask=mask, use_cache=use, **options) for use in (True, False)]
+    assert torch.equal(*made)
+    grows = "decoder_input_ids" if name == "t5" else "input_ids"
+    for _ in range(5):
+        if name != "t5":
+            given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        new = theirs(**given, use_cache=False).logits[:, -1:].argmax(-1)
+        given[grows] = torch.cat([given[grows], new], dim=1)
+        if name != "t5":
+            given["attention_mask"] = torch.cat([given["attention_mask"], torch.ones_like(new)], dim=1)
+    assert torch.equal(made[0], given[grows])
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_a_decoder_sees_the_layers_of_a_prefix_as_hf_peft_hands_them_out(
+    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, "t5", CONFIGS["t5"] | {"num_layers": n})
+    _built.cache_clear()
+    try:
+        ours, theirs = prefixed("t5", "prefix", tmp_path / "theirs")
+        torch.testing.assert_close(answer("t5", ours), answer("t5", theirs), rtol=1e-9, atol=1e-9)
+        save_adapter(moved(ours), tmp_path / "ours")
+        theirs = PeftModel.from_pretrained(base("t5", TASKS["t5"][1]), str(tmp_path / "ours")).eval()
+        torch.testing.assert_close(answer("t5", ours), answer("t5", theirs), rtol=2e-5, atol=2e-5)
+    finally:
+        _built.cache_clear()
+
+
+def test_what_is_trained_whole_beside_a_prefix_is_read(tmp_path: Path) -> None:
+    ours, _ = prefixed("t5", "prefix", tmp_path, modules_to_save=["decoder.final_layer_norm"])
+    norm = load_file(tmp_path / "adapter_model.safetensors")["base_model.decoder.final_layer_norm.weight"]
+    assert torch.equal(ours.decoder.final_layer_norm.weight, norm)
+    assert not torch.equal(norm, base("t5", TASKS["t5"][1]).decoder.final_layer_norm.weight)
+
+
+def test_a_decoder_that_was_joined_to_an_encoder_is_one_too(tmp_path: Path) -> None:
+    import transformers as t
+
+    def joined() -> Any:
+        torch.manual_seed(1)
+        configs = [t.BertConfig(**CONFIGS["bert"]) for _ in range(2)]
+        return t.EncoderDecoderModel(t.EncoderDecoderConfig.from_encoder_decoder_configs(*configs)).double().eval()
+
+    ours = moved(inject(joined(), PrefixTuning(num_virtual_tokens=3, place="cache")))
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(joined(), str(tmp_path)).eval()
+    given = {"input_ids": IDS, "decoder_input_ids": IDS}
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, rtol=2e-5, atol=2e-5)
+    assert torch.equal(load_adapter(joined(), tmp_path)(**given).logits, ours(**given).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_prefix_goes_both_ways_with_the_head_of_a_classifier(name: str, tmp_path: Path) -> None:
+    cls = "AutoModelForSequenceClassification"
+    ours, theirs = prefixed(name, "prefix", tmp_path / "theirs", cls, task_type="SEQ_CLS")
+
+    def answer_of(model: Any) -> Tensor:  # HF PEFT looks for an argument that transformers has renamed
+        return model.base_model(input_ids=IDS[:1], cache=model.get_prompt(1)).logits
+
+    torch.testing.assert_close(ours(input_ids=IDS[:1]).logits, answer_of(theirs), rtol=1e-9, atol=1e-9)
+    save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(base(name, cls), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(answer_of(again), answer_of(theirs), rtol=1e-9, atol=1e-9)
+
+
+class Lit(LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any) -> None: ...
+
+
+@each_task
+def test_a_prefix_goes_both_ways_in_a_lightning_module(name: str, tmp_path: Path) -> None:
+    ours, _ = prefixed(name, "prefix", tmp_path / "theirs")
+    lit = load_adapter(Lit(base(name, TASKS[name][1])), tmp_path / "theirs")
+    assert torch.equal(answer(name, lit.net), answer(name, ours))
+    save_adapter(lit, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(base(name, TASKS[name][1]), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(answer(name, theirs), answer(name, ours), rtol=1e-9, atol=1e-9)
+    again = load_adapter(Lit(base(name, TASKS[name][1])), tmp_path / "ours")
+    assert torch.equal(answer(name, again.net), answer(name, ours))
+
+
+def test_a_cartridge_says_that_its_first_tokens_train_here(tmp_path: Path) -> None:
+    config = peft.CartridgeConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    hf_moved(base("llama", "AutoModelForCausalLM"), config).save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match="num_frozen_tokens=1 acts in training alone"):
+        load_adapter(base("llama", "AutoModelForCausalLM"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (
+            {"num_layers": 3},
+            r"holds \(3, 32\) as 'prompt_embeddings' of 3 layers, and the cache of LlamaFor",
+        ),
+        ({"num_layers": 1}, "of 1 layers"),
+        ({"num_layers": 2.0}, "of 2.0 layers"),
+        ({"num_virtual_tokens": 4}, "with 32 features of each of 4 tokens: it is torn, or for another model"),
+        ({"task_type": None}, "task_type=None, which is not read here"),
+    ],
+    ids=repr,
+)
+def test_a_prefix_that_does_not_fit_is_refused(change: dict[str, Any], part: str, tmp_path: Path) -> None:
+    prefixed("llama", "prefix", tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    model = base("llama", "AutoModelForCausalLM")
+    with pytest.raises(AdapterFileError, match=part):
+        load_adapter(model, tmp_path)
+    assert not hasattr(model, "_peft")
+
+
+@pytest.mark.parametrize(("name", "setting"), [("llama", "num_hidden_layers"), ("t5", "num_layers")])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_prefix_for_another_depth_is_refused(
+    name: str, setting: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other:
+        other.setitem(CONFIGS, name, CONFIGS[name] | {setting: n})
+        _built.cache_clear()
+        prefixed(name, "prefix", tmp_path)
+        _built.cache_clear()
+    if (name, n) == ("t5", 3):  # it has the layers that these two see
+        load_adapter(base(name, TASKS[name][1]), tmp_path)
+        return
+    with pytest.raises(AdapterFileError, match=f"of {n} layers, and the cache of .* has 2"):
+        load_adapter(base(name, TASKS[name][1]), tmp_path)
+
+
+def test_a_prefix_of_hf_peft_needs_a_cache(tmp_path: Path) -> None:
+    prefixed("llama", "prefix", tmp_path)
+    with pytest.raises(TargetError, match="0 parts of ViTModel are meant"):
+        load_adapter(base("vit"), tmp_path)
 
 
 @pytest.mark.parametrize("method", [LoHa(r=2), LoKr(r=2), MiSS(r=3)], ids=lambda method: type(method).__name__)

@@ -188,6 +188,7 @@ def changed(folder: Path, change: dict[str, Any], drop: str = "") -> dict[str, A
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "the config has no number 'alpha', but None"),
     ({"peft_type": "ADALORA", "init_r": "8"}, "the config has no number 'init_r', but '8'"),
+    ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "the config has no number 'num_layers', but None"),
     ({"r": True}, "the config has no number 'r', but True"),
     ({"r": None}, "the config has no number 'r', but None: it is damaged, or of another kind"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': .*Convert it: .*path_initial_model_for_weight_conv"),
@@ -196,9 +197,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa", "use_dora": True}, "'pissa' and use_dora=True, which is not read here"),
 ]
 LEFT_TO_HF_PEFT: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "OFT"}, "type 'OFT'; those read here: ADALORA, IA3, LOHA, LOKR, LORA, MISS, PROMPT_TUNING, P_TU"),
+    (
+        {"peft_type": "OFT"},
+        "type 'OFT'; those read here: ADALORA, CARTRIDGE, IA3, LOHA, LOKR, LORA, MISS, PREFIX_TUNING, ",
+    ),
     ({"peft_type": "VERA"}, "'VERA' are not read here: its matrices that all layers share are in the file"),
-    ({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' are not read here: its prefix moves the positions"),
+    ({"peft_type": "POLY"}, "type 'POLY'; those read here"),
     ({"peft_type": "RANDLORA"}, "'RANDLORA' are not read here: its columns and rows"),
     ({"lora_bias": True}, "lora_bias=True, which is not read here"),
     ({"peft_type": "LOKR", "alpha": 8, "rank_pattern": {"q_proj": 1}}, "rank_pattern=.'q_proj': 1., which is not"),

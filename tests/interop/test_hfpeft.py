@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import HFPEFT, PEFT, LoRA, inject, load_adapter, merge, save_adapter, set_trainable, unload, unmerge
 from lightning_peft.engine import AdapterError, AdapterFileError, MergeError, TargetError, adapters_of
+from lightning_peft.interop import task_ids
 from tests.methods.backbones import assert_unchanged, moved, snapshot, trainable
 
 # HF PEFT tells of its own plans, and of a CUDA that is not here
@@ -37,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 2, "modules_to_save": ["lm_head"]},
     "MISS": {"r": 4},
     "OFT": {"oft_block_size": 4},
+    "POLY": {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2},
     "PSOFT": {"r": 4},
     "RANDLORA": {"r": 2},
     "ROAD": {"group_size": 4},
@@ -52,14 +54,13 @@ REFUSED = {
     "CPT": "PromptTuning",
     "MULTITASK_PROMPT_TUNING": "PromptTuning",
     "PREFIX_TUNING": "PrefixTuning",
-    "POLY": "task_ids",
     "PROMPT_TUNING": "PromptTuning",
     "P_TUNING": "PTuning",
     "SHADOW": "LadderSideTuning",
     "XLORA": "calls the model twice",
 }
 # BEFT merges into biases, of which there are none here; that norm is none of torch
-NO_MERGE = {"ADAPTION_PROMPT", "BEFT", "LILY", "LN_TUNING"}
+NO_MERGE = {"ADAPTION_PROMPT", "BEFT", "LILY", "LN_TUNING", "POLY"}
 TYPES = sorted(kind.value for kind in CONFIGS)
 every_type = pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in REFUSED])
 
@@ -90,25 +91,35 @@ def bridged(kind: str) -> Any:
     return inject(llama(), HFPEFT(config=config(kind)))
 
 
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """The answer; where an adapter looks at tasks, of two of them."""
+    if any(getattr(adapter, "_by_task", False) for _, _, adapter in adapters_of(model)):
+        with task_ids(model, [2, 0]):
+            return model(input_ids=ids).logits
+    if isinstance(model, PeftModel) and model.peft_type == "POLY":
+        return model.base_model(input_ids=ids, task_ids=torch.tensor([2, 0])).logits
+    return model(input_ids=ids).logits
+
+
 @every_type
 def test_hf_peft_reads_the_file_and_computes_the_same(kind: str, ids: Tensor, tmp_path: Path) -> None:
     model = moved(bridged(kind))
     save_adapter(model, tmp_path)
-    expected = model(input_ids=ids).logits
+    expected = logits(model, ids)
     theirs = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
-    torch.testing.assert_close(theirs(input_ids=ids).logits, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(logits(theirs, ids), expected, rtol=2e-5, atol=2e-5)
     assert not torch.allclose(original()(input_ids=ids).logits, expected, atol=1e-4)
     again = load_adapter(llama(), tmp_path)
-    assert torch.equal(again(input_ids=ids).logits, expected)
+    assert torch.equal(logits(again, ids), expected)
 
 
 @every_type
 def test_a_file_of_hf_peft_is_read(kind: str, ids: Tensor, tmp_path: Path) -> None:
     theirs = get_peft_model(llama(), config(kind))
     moved(theirs).eval().save_pretrained(str(tmp_path))
-    expected = theirs(input_ids=ids).logits
+    expected = logits(theirs, ids)
     loaded = load_adapter(llama(), tmp_path)
-    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(logits(loaded, ids), expected, rtol=2e-5, atol=2e-5)
 
 
 @every_type
@@ -120,7 +131,7 @@ def test_what_trains_is_what_trains_there_and_gets_the_same_gradients(kind: str,
     assert ours is not theirs
     for one in (model, theirs):
         one.eval()
-        one(input_ids=ids).logits.square().mean().backward()
+        logits(one, ids).square().mean().backward()
     mine = sorted(p.grad.norm().item() for p in trainable(model).values() if p.grad is not None)
     other = sorted(p.grad.norm().item() for p in trainable(theirs).values() if p.grad is not None)
     assert sum(p.numel() for p in trainable(model).values()) == sum(p.numel() for p in trainable(theirs).values())
@@ -132,15 +143,15 @@ def test_what_trains_is_what_trains_there_and_gets_the_same_gradients(kind: str,
 def test_the_base_comes_back(kind: str, ids: Tensor) -> None:
     before = snapshot(llama())
     model = moved(bridged(kind))
-    assert not torch.allclose(model(input_ids=ids).logits, original()(input_ids=ids).logits, atol=1e-4)
+    assert not torch.allclose(logits(model, ids), original()(input_ids=ids).logits, atol=1e-4)
     assert_unchanged(unload(model), before)
-    assert torch.equal(model(input_ids=ids).logits, original()(input_ids=ids).logits)
+    assert torch.equal(logits(model, ids), original()(input_ids=ids).logits)
 
 
 @every_type
 def test_merged_equals_unmerged(kind: str, ids: Tensor) -> None:
     model = moved(bridged(kind))
-    expected, before = model(input_ids=ids).logits, snapshot(model)
+    expected, before = logits(model, ids), snapshot(model)
     if kind in NO_MERGE:
         with pytest.raises(MergeError):
             merge(model)
@@ -149,7 +160,28 @@ def test_merged_equals_unmerged(kind: str, ids: Tensor) -> None:
         assert [type(m) for m in model.modules()] == [type(m) for m in llama().modules()]
         unmerge(model)
     assert_unchanged(model, before)
-    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_each_sample_is_answered_as_its_task_wants_it(ids: Tensor) -> None:
+    model = moved(bridged("POLY"))
+    with task_ids(model, [2, 0]):
+        both = model(input_ids=ids).logits
+        with pytest.raises(AdapterError, match="a batch of 3, and task_ids has 2 numbers"):
+            model(input_ids=ids[[0, 1, 0]])
+        beams = model(input_ids=ids[[0, 0, 1, 1]]).logits
+        made = model.generate(ids, num_beams=2, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert made.shape == (2, 8)
+    torch.testing.assert_close(beams, both.repeat_interleave(2, dim=0))
+    for row, task in enumerate([2, 0]):
+        with task_ids(model, torch.tensor([task])):
+            torch.testing.assert_close(model(input_ids=ids[row : row + 1]).logits[0], both[row])
+    with task_ids(model, [0, 1]):
+        assert not torch.allclose(model(input_ids=ids).logits, both, atol=1e-4)
+    with pytest.raises(AdapterError, match="Call the model inside of `with lightning_peft.interop.task_ids"):
+        model(input_ids=ids)
+    with pytest.raises(AdapterError, match=r"got \[0\] and 0 such adapters"), task_ids(bridged("LORA"), [0]):
+        pass
 
 
 @pytest.mark.parametrize("kind", REFUSED)
