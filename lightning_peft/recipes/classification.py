@@ -67,7 +67,7 @@ class TextClassifier(L.LightningModule):
             raise ValueError(f"TextClassifier: config needs a model_type such as 'bert', got {sorted(config)}.")
         transformers = require("transformers", extra="text")
         if config is None:
-            self.encoder = transformers.AutoModel.from_pretrained(located(str(pretrained)))
+            self.encoder = transformers.AutoModel.from_pretrained(located(str(pretrained))).train()
         else:
             self.encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
         if getattr(self.encoder, "pooler", None) is not None:

@@ -57,7 +57,7 @@ class CausalLM(L.LightningModule):
         transformers = require("transformers", extra="text")
         auto = transformers.AutoModelForCausalLM
         if config is None:
-            self.model = auto.from_pretrained(pretrained)
+            self.model = auto.from_pretrained(pretrained).train()
         else:
             self.model = auto.from_config(transformers.AutoConfig.for_model(**config))
         self.val_perplexity = Perplexity(ignore_index=IGNORE)
