@@ -144,13 +144,21 @@ class DocstringsData(SplitData):
         self.texts: dict[str, list[tuple[str, int]]] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        tokenizer = require("transformers", extra="text").AutoTokenizer.from_pretrained(located(self.tokenizer))
         self.texts = self._texts()
         self.splits = {}
         for split, texts in self.texts.items():
-            rows = tokenizer([text for text, _ in texts], truncation=True, max_length=self.max_length)["input_ids"]
-            samples: Any = [(torch.tensor(row), label) for row, (_, label) in zip(rows, texts, strict=True)]
+            rows = self._tokens([text for text, _ in texts])
+            samples: Any = [(row, label) for row, (_, label) in zip(rows, texts, strict=True)]
             self.splits[split] = samples
+
+    def encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """A batch of texts of your own: ``input_ids`` and ``attention_mask`` (B, T)."""
+        batch = self.collate_fn([(row, 0) for row in self._tokens(texts)])
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def _tokens(self, texts: list[str]) -> list[Tensor]:
+        tokenizer = require("transformers", extra="text").AutoTokenizer.from_pretrained(located(self.tokenizer))
+        return [torch.tensor(row) for row in tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
 
     def _texts(self) -> dict[str, list[tuple[str, int]]]:
         """Split -> (text, class); the files of a class take turns, from the one with most texts on."""

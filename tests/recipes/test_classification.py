@@ -64,6 +64,13 @@ def test_batches_are_padded_to_their_longest_text(data: DocstringsData) -> None:
         assert ids[n:].eq(0).all()
 
 
+def test_texts_of_your_own_are_read_as_those_of_the_data(data: DocstringsData) -> None:
+    batch = data.encode([text for text, _ in data.texts["val"][:3]])
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    for ids, mask, (expected, _) in zip(*batch.values(), data.splits["val"], strict=False):
+        assert torch.equal(ids[: mask.sum()], expected)
+
+
 def test_padding_changes_nothing() -> None:
     module = bert().eval()
     ids = torch.randint(5, 31_000, (2, 6))
