@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.comparison_report import write_report
-from benchmarks.comparison_tasks import CACHE, TASKS, Batch, Split, Task, pretrained_llama, task
+from benchmarks.comparison_tasks import CACHE, TASKS, Batch, Split, Task, task
 from benchmarks.report import hardware
 from benchmarks.row import one_thread
 from lightning_peft import PEFT, AdapterError, LoRA, get_method, inject, list_methods
@@ -263,7 +263,6 @@ def main() -> None:
     everything = [row.name for row in list_methods() if row.family not in LEFT_OUT]
     names = [get_method(name).name for name in args.methods.split(",")] if args.methods else everything
     names.sort(key=lambda name: name not in ENDS)  # what takes longest comes first, so that no core waits at the end
-    pretrained_llama()
     one_thread()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     start = time.perf_counter()

@@ -17,13 +17,12 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_peft.recipes import CausalLM, DocstringsData, SourceCodeData
+from lightning_peft.recipes import CausalLM, DocstringsData
 from lightning_peft.recipes._shared import located
 
 Split = Literal["train", "val", "test"]
@@ -160,15 +159,6 @@ class Topics(Task):
     higher_is_better = False
     batch_size, seq_len = 4, 128
     windows: ClassVar[dict[Split, int]] = {"train": 10_000, "val": 64, "test": 192}
-    config: ClassVar[dict[str, Any]] = {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
 
     def module(self, seed: int, lr: float) -> CausalLM:  # noqa: D102
         module = copy.deepcopy(self._pretrained)
@@ -200,23 +190,7 @@ class Topics(Task):
 
     @functools.cached_property
     def _pretrained(self) -> CausalLM:
-        module = CausalLM(config=self.config, lr=3e-3, weight_decay=0.0)
-        module.load_state_dict(load_file(pretrained_llama()), strict=True)
-        return module
-
-
-def pretrained_llama() -> Path:
-    """Weights of the Llama of `Topics`: trained on source code for some two minutes, once, and kept in ``runs``."""
-    file = CACHE / "llama.safetensors"
-    if not file.exists():
-        L.seed_everything(0, verbose=False)
-        module = CausalLM(config=Topics.config, lr=3e-3, weight_decay=0.01)
-        data = SourceCodeData(seq_len=Topics.seq_len, batch_size=32, max_bytes=3_000_000)
-        options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        L.Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, **options).fit(module, data)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, file)
-    return file
+        return CausalLM(pretrained="tutorials/checkpoints/llama_source", lr=3e-3, weight_decay=0.0)
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Docstrings, Topics)}
