@@ -21,6 +21,7 @@ def launched(script: str, folder: Path, processes: int = 2) -> list[dict[str, An
     """The facts of each rank; ``script`` lies beside this file and calls `finish` at its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("PL_GLOBAL_SEED", None)  # Lightning leaves it there, and whoever starts now would take it up
     run = subprocess.Popen(
         [*command, str(Path(__file__).with_name(script)), str(folder)],
         env=environment,

@@ -131,7 +131,7 @@ def _told(model: nn.Module, attributes: Sequence[str], argument: str, default: i
             if isinstance(value := getattr(module, attribute, None), int):
                 return value
     if default is None:
-        raise TargetError(f"PYRA: {type(model).__name__} does not tell its {argument}. Give {argument}.")
+        raise TargetError(f"PYRA: {type(model).__name__} does not tell its {argument}. Give PYRA({argument}=...)")
     return default
 
 
