@@ -144,6 +144,8 @@ class DocstringsData(SplitData):
         self.texts: dict[str, list[tuple[str, int]]] = {}
 
     def setup(self, stage: str | None = None) -> None:
+        if self.texts:
+            return  # read before: each run of a trainer asks for it
         self.texts = self._texts()
         self.splits = {}
         for split, texts in self.texts.items():
