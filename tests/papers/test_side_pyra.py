@@ -153,8 +153,8 @@ def test_another_number_of_tokens_is_refused() -> None:
 @pytest.mark.parametrize(
     ("build", "method", "message"),
     [
-        (TinyBlocks, PYRA(r=2), r"does not tell its num_patches. Give num_patches"),
-        (TinyBlocks, PYRA(r=2, num_patches=13), r"does not tell its num_heads. Give num_heads"),
+        (TinyBlocks, PYRA(r=2), r"does not tell its num_patches. Give PYRA\(num_patches="),
+        (TinyBlocks, PYRA(r=2, num_patches=13), r"does not tell its num_heads. Give PYRA\(num_heads="),
         (TinyBlocks, PYRA(r=0, **TOLD), r"merges none of 14 tokens. Raise r"),
         (TinyBlocks, PYRA(r=(1, 1, 1), **TOLD), r"r must be one number, or one for each of 2 blocks"),
         (
