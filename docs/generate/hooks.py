@@ -23,6 +23,8 @@ INCLUDED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
+# pages whose table needs the whole width
+WIDE = {"tutorials/index.md", "benchmarks.md"}
 # names of families that are no plain words
 FAMILIES = {"lora": "LoRA", "interop": "HF PEFT"}
 # code comes first, so that an index and a call in it are not taken for a link
@@ -63,7 +65,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, f"reference/{room}.md", content=room_page(room)))
     for source, target in INCLUDED.items():
         text = relinked((TOP / source).read_text(), source, target)
-        files.append(File.generated(config, target, content=text))
+        wide = "---\nhide: [navigation, toc]\n---\n\n" if target in WIDE else ""
+        files.append(File.generated(config, target, content=wide + text))
     for file in sorted((FOLDER / "pictures").glob("*.png")):
         files.append(File.generated(config, f"tutorials/pictures/{file.name}", abs_src_path=str(file)))
     return files
