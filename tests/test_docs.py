@@ -151,6 +151,17 @@ def test_every_method_has_a_row_and_a_page(pages: ModuleType) -> None:
             assert meaning[1], f"{cls.__name__}: {argument} has no meaning in a docstring"
 
 
+def test_a_page_claims_no_more_than_the_suite_asks(pages: ModuleType) -> None:
+    held = {name: pages.invariants(METHODS[name]) for name in ("lora", "vpt", "lisa")}
+    assert held["lora"]["Merged equals unmerged"] == "yes"
+    assert held["vpt"]["Merged equals unmerged"] == "refused with an error"
+    assert held["vpt"]["Unmerge undoes merge"] == "does not apply"
+    assert held["lisa"]["Disabled answers as the base"] == "refused with an error"
+    assert held["lora"]["Activation checkpoints change no gradient"] == "does not apply"
+    assert held["vpt"]["Activation checkpoints change no gradient"] == "yes"
+    assert {row["A low rank change is saved as plain lora"][:7] for row in held.values()} == {"yes, or"}
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings("ignore:.*")  # of runs of three steps
 def test_the_examples_of_a_method_run(

@@ -6,7 +6,7 @@ not mathematics (words, code between backticks) stays text, so that a line of bo
 
 import html
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GREEK = {
     "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "mu": "μ", "omega": "ω", "rho": "ρ", "sigma": "σ",
@@ -31,20 +31,11 @@ TOKEN = re.compile(
 
 
 @dataclass
-class Piece:
-    """What stands between two places where a line may break: MathML, or a word."""
-
-    text: str
-    is_math: bool = True
-
-
-@dataclass
 class Reader:
     """Reads tokens from left to right."""
 
     tokens: list[tuple[str, str]]
     at: int = 0
-    pieces: list[Piece] = field(default_factory=list)
 
     def peek(self, ahead: int = 0) -> tuple[str, str]:
         return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ("end", "")

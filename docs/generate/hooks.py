@@ -74,7 +74,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put the table where a page asks for it, and let links of pages below docs/ lead to pages."""
-    text = markdown.replace(TABLE, methods_table())
+    text = markdown.replace(TABLE, methods_table()) if TABLE in markdown else markdown
     return text if page.file.generated_by else relinked(text, f"docs/{page.file.src_uri}", page.file.src_uri)
 
 

@@ -97,14 +97,10 @@ def page(notebook: NotebookNode, name: str) -> tuple[str, dict[str, bytes]]:
 
 
 def picture(notebook: NotebookNode) -> bytes | None:
-    """The picture that stands for a notebook: that of the cell with the tag ``picture``, or else its last."""
-    found = [
-        (("picture" in cell.metadata.get("tags", [])), base64.b64decode(output.data["image/png"]))
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    return max(reversed(found), key=lambda pair: pair[0])[1] if found else None
+    """The picture that stands for a notebook: its last."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    found = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return base64.b64decode(found[-1]) if found else None
 
 
 def title(notebook: NotebookNode) -> str:

@@ -39,12 +39,8 @@ def exported(room: str) -> dict[str, str]:
 
 def room_page(room: str) -> str:
     """All that a room exports, each with its signature and its docstring."""
-    names = {
-        name: module
-        for name, module in exported(room).items()
-        if (thing := getattr(import_module(f"lightning_peft.{room}"), name)) and (callable(thing))
-    }
-    entries = [f"::: {module}.{name}" for name, module in names.items()]
+    package = import_module(f"lightning_peft.{room}")
+    entries = [f"::: {module}.{name}" for name, module in exported(room).items() if callable(getattr(package, name))]
     head = f"# lightning_peft.{room}\n\n{ROOMS[room]}"
     return "\n\n".join([head, *entries]) + "\n"
 

@@ -34,6 +34,26 @@ def located(name: str) -> str:
     return str(Path(found.origin).parent / folder)
 
 
+def from_transformers(
+    who: str, auto: str, *, pretrained: str | None, config: dict[str, Any] | None, example: str
+) -> Any:
+    """A model of transformers in training mode, by its class ``auto``: pre-trained, or with random weights.
+
+    Raises:
+        ValueError: not exactly one of ``pretrained`` and ``config`` is given, ``config`` has no ``model_type``, or the
+            package that ``pretrained`` names is not installed.
+    """
+    if (pretrained is None) == (config is None):
+        raise ValueError(f"{who}: give either pretrained or config, got {pretrained!r} and {config}.")
+    if config is not None and "model_type" not in config:
+        raise ValueError(f"{who}: config needs a model_type such as {example!r}, got {sorted(config)}.")
+    transformers = require("transformers", extra="text")
+    factory = getattr(transformers, auto)
+    if config is not None:
+        return factory.from_config(transformers.AutoConfig.for_model(**config))
+    return factory.from_pretrained(located(str(pretrained))).train()  # transformers loads for evaluation
+
+
 def adamw_cosine(module: L.LightningModule, *, lr: float, weight_decay: float) -> OptimizerLRScheduler:
     """AdamW over the parameters that require grad; the rate falls along half a cosine to zero at the last step.
 

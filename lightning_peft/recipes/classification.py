@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_peft.recipes._shared import SplitData, adamw_cosine, located, require
+from lightning_peft.recipes._shared import SplitData, adamw_cosine, from_transformers, located, require
 
 # part of the library -> its modules and packages; one that this Python does not have is left out
 PARTS = {
@@ -61,15 +61,9 @@ class TextClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if (pretrained is None) == (config is None):
-            raise ValueError(f"TextClassifier: give either pretrained or config, got {pretrained!r} and {config}.")
-        if config is not None and "model_type" not in config:
-            raise ValueError(f"TextClassifier: config needs a model_type such as 'bert', got {sorted(config)}.")
-        transformers = require("transformers", extra="text")
-        if config is None:
-            self.encoder = transformers.AutoModel.from_pretrained(located(str(pretrained))).train()
-        else:
-            self.encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+        self.encoder = from_transformers(
+            "TextClassifier", "AutoModel", pretrained=pretrained, config=config, example="bert"
+        )
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # it would have no gradient: the mean takes its place
         self.head = nn.Linear(self.encoder.config.hidden_size, num_classes)

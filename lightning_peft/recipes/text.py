@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import StackDataset
 from torchmetrics.text import Perplexity
 
-from lightning_peft.recipes._shared import SplitData, adamw_cosine, require
+from lightning_peft.recipes._shared import SplitData, adamw_cosine, from_transformers
 
 # the label that transformers leaves out of the loss
 IGNORE = -100
@@ -31,7 +31,8 @@ class CausalLM(L.LightningModule):
     the predicted tokens of an epoch.
 
     Args:
-        pretrained: a folder or a hub name to load weights and configuration from.
+        pretrained: a folder or a hub name to load weights and configuration from; ``"package:NAME/FOLDER"`` is a
+            folder that an installed package ships.
         config: a configuration for a model with random weights; ``model_type`` names the architecture.
         lr: highest learning rate of AdamW; it falls along a cosine to zero.
         weight_decay: decoupled weight decay of AdamW.
@@ -50,16 +51,9 @@ class CausalLM(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if (pretrained is None) == (config is None):
-            raise ValueError(f"CausalLM: give either pretrained or config, got {pretrained!r} and {config}.")
-        if config is not None and "model_type" not in config:
-            raise ValueError(f"CausalLM: config needs a model_type such as 'llama' or 'gpt2', got {sorted(config)}.")
-        transformers = require("transformers", extra="text")
-        auto = transformers.AutoModelForCausalLM
-        if config is None:
-            self.model = auto.from_pretrained(pretrained).train()
-        else:
-            self.model = auto.from_config(transformers.AutoConfig.for_model(**config))
+        self.model = from_transformers(
+            "CausalLM", "AutoModelForCausalLM", pretrained=pretrained, config=config, example="llama"
+        )
         self.val_perplexity = Perplexity(ignore_index=IGNORE)
         self.test_perplexity = Perplexity(ignore_index=IGNORE)
 
