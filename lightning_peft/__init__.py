@@ -15,6 +15,7 @@ from lightning_peft.engine import unmerge as unmerge
 from lightning_peft.interop import HFPEFT as HFPEFT
 from lightning_peft.interop import combine as combine
 from lightning_peft.interop import load_adapter as load_adapter
+from lightning_peft.interop import load_experts as load_experts
 from lightning_peft.interop import save_adapter as save_adapter
 from lightning_peft.methods import *  # noqa: F403
 from lightning_peft.parts.losses import InvertedHingeLoss as InvertedHingeLoss

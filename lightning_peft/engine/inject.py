@@ -119,7 +119,7 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     for target, adapter in tqdm(planned, desc=type(method).__name__, unit="layer", delay=2, leave=False):
         _fill(adapter, target, name)
     readers_of = [_readers(model, target.owner, adapter) for target, adapter in planned]
-    _check_readable(planned, readers_of)
+    _check_readable(planned, readers_of, type(method).__name__)
     stored = _stored(model, method, targets)
     state = method.initial_state(model) | ({"calibrated": torch.zeros(())} if method.calibrated else {})
 
@@ -352,7 +352,7 @@ def owners_of(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list[nn.Module]]) -> None:
+def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list[nn.Module]], who: str) -> None:
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         by = ([target.module] if target.site.read else []) + reading
         because = adapter.unmergeable_because()
@@ -362,8 +362,8 @@ def _check_readable(planned: list[tuple[Target, Adapter]], readers_of: list[list
             because, by = adapter.unreadable_because(), [m for m in by if reads_in_training(m)]
         if because and by:
             raise TargetError(
-                f"{type(adapter).__name__} cannot act on {target.name!r}: {slots.base_class(by[0]).__name__} reads "
-                f"that weight without a call of the layer, and {because} Or leave it out with exclude_modules."
+                f"{who}: {type(adapter).__name__} cannot act on {target.name!r}: {slots.base_class(by[0]).__name__} "
+                f"reads that weight without a call of the layer, and {because} Or leave it out with exclude_modules."
             )
 
 

@@ -26,7 +26,7 @@ from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
-from lightning_peft.interop import diffusers_lora, hf_peft
+from lightning_peft.interop import diffusers_lora, hf_experts, hf_peft
 from lightning_peft.interop.as_lora import as_lora as plain_lora
 from lightning_peft.interop.patterns import check_pattern, strings
 from lightning_peft.interop.untrusted import (
@@ -273,6 +273,13 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
         AdapterFileError: the files are missing, damaged, or unsafe.
     """
     path = Path(folder)
+    facts, config, tensors = _read_one(path)
+    if facts is None and isinstance(config.get("adapters"), dict):  # X-LoRA of HF PEFT names folders of its experts
+        config, tensors = _with_experts(path if path.is_dir() else path.parent, config, tensors)
+    return facts, config, tensors
+
+
+def _read_one(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Tensor]]:
     file = path if path.is_file() else path / TENSORS
     if (path / diffusers_lora.WEIGHTS).is_file():
         _check_free(path, TENSORS)
@@ -315,6 +322,24 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
     if facts:
         check_format(facts, str(file))
     return facts, config, tensors
+
+
+def _with_experts(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What lies in the folders that the config names, the configs in ``adapters``."""
+    configs, tensors = [], dict(tensors)
+    for i, (name, place) in enumerate(config["adapters"].items()):
+        there = [path for path in (Path(str(place)), folder / str(place), folder / str(name)) if path.is_dir()]
+        if not there:
+            raise AdapterFileError(
+                f"{folder} mixes adapters, and {name!r} of them is not at {place!r}. Put its folder there, or write "
+                f"its path into {CONFIG} under 'adapters'; one that is not absolute may be relative to {folder}."
+            )
+        _, own, values = _read_one(there[0])
+        configs.append(own)
+        tensors |= {f"{hf_experts.EXPERTS}.{i}.{key}": value for key, value in values.items()}
+    return config | {"adapters": configs}, tensors
 
 
 def _text(file: Path) -> str:

@@ -20,7 +20,7 @@ from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.state import METHOD_STATE
-from lightning_peft.interop import hf_delta, hf_prompts, hfpeft
+from lightning_peft.interop import hf_delta, hf_experts, hf_prompts, hfpeft
 from lightning_peft.interop.hf_format import (
     LORA_KNOWN,
     LORA_PLAIN,
@@ -398,6 +398,7 @@ ROWS: dict[str, Row] = {
         known="feedforward_modules init_ia3_weights",
     ),
     **hf_delta.ROWS,
+    **hf_experts.ROWS,
     **hf_prompts.ROWS,
 }
 CONFIGS: dict[type[Method], str] = {method: kind for kind, row in ROWS.items() for method in row.methods}

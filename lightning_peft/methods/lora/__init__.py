@@ -23,3 +23,4 @@ from .soma import SoMA as SoMA
 from .sorsa import SORSA as SORSA
 from .structuredlora import StructuredLoRA as StructuredLoRA
 from .svfit import SVFit as SVFit
+from .xlora import XLoRA as XLoRA

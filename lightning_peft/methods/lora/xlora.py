@@ -1,0 +1,189 @@
+"""X-LoRA: several low-rank experts in each layer, mixed token by token by a classifier that reads the model first.
+
+Paper:    Buehler and Buehler, "X-LoRA: Mixture of Low-Rank Adapter Experts, a Flexible Framework for Large Language
+          Models with Applications in Protein Mechanics and Molecular Design", 2024, arXiv:2402.07148.
+Formula:  h = last hidden states of the model without its experts;  g = softmax(classifier(h) / temperature);
+          then, in a second pass, y = W x + b + scaling * sum_e g_e B_e (A_e dropout(x)) in each layer
+Shapes:   h (B, T, D); g (B, T, E), or (B, T, L, E) with a share of its own for each of L layers (``layerwise``);
+          lora_A (E, r, d_in), lora_B (E, d_out, r); the classifier is one linear layer D -> E, or ``depth`` of them
+          with ReLU between, ``size`` features wide
+Init:     A_e ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B_e = 0, so y starts as the base; the classifier as ``nn.Linear``, its
+          biases at zero. `load_experts` starts from adapters that were trained before, as the paper does
+Merge:    none: the shares depend on the token
+Deviates from HF PEFT: dropout drops the same features for all experts.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.experts import EmbeddingExperts, Experts, Router, RouterTarget, Seen, Shares
+from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, register
+from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.limits import Count, Positive, Probability, check_range
+from lightning_peft.engine.slots import base_class
+from lightning_peft.engine.targets import is_below, module_target
+from lightning_peft.parts.blocks import find_blocks, stages_of
+from lightning_peft.parts.condition import TEXT, takes
+from lightning_peft.parts.layout import width_of
+from lightning_peft.parts.taps import looks_at_all
+from lightning_peft.parts.tokens import text_parts
+
+
+@register("xlora")
+@dataclass(frozen=True, kw_only=True)
+class XLoRA(TargetedMethod):
+    """Low-rank experts in each layer, mixed token by token by a classifier.
+
+    The model is run twice for each batch. Experts that were trained one by one come in by `load_experts`.
+
+    Args:
+        num_experts: E, low-rank products in each layer.
+        r: rank of each; that of the largest, where they are read from files.
+        alpha: numerator of the scaling ``alpha / r``; None makes it 1.
+        dropout: probability of dropping a feature of the input of the products, in training only.
+        train_experts: train the products too; else the classifier alone. Fresh products need it: they start at zero.
+        depth: linear layers of the classifier.
+        size: features between them.
+        classifier_dropout: probability of dropping one of these, in training only.
+        layerwise: a share of its own in each layer; else the same in all.
+        softmax: shares are positive and add up to one; else they are the numbers that the classifier answers.
+        temperature: what these are divided by before the softmax; lower ones make sharper choices.
+        top_k: keep the largest shares of a token alone, the others are zero; None keeps all.
+        softmax_top_k: a softmax over those that are kept.
+        global_scaling_weight: factor of all shares.
+        module: path of the part that embeds the text, where a model has several. All layers to adapt are inside.
+        target_modules, exclude_modules, layers_to_transform: see `TargetedMethod`; linear layers and embeddings.
+        modules_to_save: modules trained whole; a head that is new to the model belongs here (``"output-head"``).
+
+    Raises:
+        AdapterError: ``top_k`` exceeds the experts. In a call: it brings a cache (``generate(use_cache=False)``), or a
+            layer is given something else than the tokens.
+        TargetError: the model neither embeds a text nor is one stack of blocks of tokens; or a layer is outside.
+
+    >>> from torch import tensor
+    >>> XLoRA(num_experts=3, temperature=0.5).gates(tensor([1.0, 2.0, 2.0]))  # 1 / (1 + 2 e^2), ...
+    tensor([0.0634, 0.4683, 0.4683])
+    >>> XLoRA(num_experts=3, top_k=1, softmax=False).gates(tensor([1.0, 2.0, 3.0]))
+    tensor([0., 0., 3.])
+    """
+
+    paper: ClassVar[str] = "arXiv:2402.07148"
+    modalities: ClassVar = ("text",)
+    adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Experts, "embedding": EmbeddingExperts}
+    acts_on: ClassVar = "blocks"
+    mergeable: ClassVar[bool] = False
+
+    num_experts: Count = 4
+    r: Count = 8
+    alpha: Positive | None = 16.0
+    dropout: Probability = 0.0
+    train_experts: bool = True
+    depth: Count = 1
+    size: Count = 2048
+    classifier_dropout: Probability = 0.2
+    layerwise: bool = False
+    softmax: bool = True
+    temperature: Positive = 1.0
+    top_k: Count | None = None
+    softmax_top_k: bool = False
+    global_scaling_weight: float = 1.0
+    module: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.top_k is None or self.top_k <= self.num_experts
+        check_range("XLoRA", "top_k", self.top_k, fits, f"None or at most num_experts={self.num_experts}")
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The part that is routed, what it looks at, and the layers with experts."""
+        who = type(self).__name__
+        path, width, seen, insides = self._routed(model, who)
+        found = super().targets(model)
+        inside = [t for t in found if any(not outer or is_below(t.owner, outer) for outer in insides)]
+        outside = [t.name for t in found if t not in inside]
+        if not inside or (outside and self.target_modules not in ("all-linear", "all-layers")):
+            raise TargetError(
+                f"{who}: {outside[0]!r} lies neither in the blocks, such as {insides[-1]!r}, nor embeds the ids, so it "
+                "is not sure to see each token. Leave it out (exclude_modules), or use LoRA."
+            )
+        part = module_target(model, path, width)
+        router = RouterTarget(part.name, part.module, part.site, part.owner, len(inside))
+        return [router, *([module_target(model, seen, width)] if seen else []), *inside]
+
+    def _routed(self, model: nn.Module, who: str) -> tuple[str, int, str, list[str]]:
+        """Path and width of the part whose calls are routed, path of what it looks at, and where experts may be."""
+        parts = text_parts(model)
+        if self.module is not None and self.module not in parts:
+            raise TargetError(
+                f"{who}: module {self.module!r} embeds no text.{nearest(self.module, parts)} Those that do: "
+                f"{', '.join(map(repr, parts)) or 'none'}."
+            )
+        if parts:
+            path = next(iter(parts)) if self.module is None else self.module
+            if len(parts) > 1 and self.module is None:
+                raise TargetError(
+                    f"{who}: {len(parts)} parts embed text ({', '.join(parts)}). Name one, such as module={path!r}."
+                )
+            embedding = parts[path].get_input_embeddings()
+            (name,) = [n for n, m in parts[path].named_modules() if m is embedding]
+            below = [name, *find_blocks(parts[path], None, who)]
+            return path, embedding.embedding_dim, "", [f"{path}.{name}".lstrip(".") for name in below]
+        blocks = find_blocks(model, None, who)
+        modules = [model.get_submodule(name) for name in blocks]
+        if len(stages_of(blocks)) > 1 or not all(looks_at_all(m) and not takes(m, TEXT) for m in modules):
+            raise TargetError(
+                f"{who}: {base_class(model).__name__} neither embeds a text nor is one stack of blocks that see tokens "
+                "(batch, n, width) and nothing else. To share experts out token by token takes that: use LoRA here."
+            )
+        return "", width_of(modules[-1], blocks[-1], who), blocks[-1], blocks
+
+    def adapters(self, targets: list[Target]) -> list[Adapter]:
+        """A router, and experts that look to it."""
+        who, shares, scaling = type(self).__name__, Shares(), 1.0 if self.alpha is None else self.alpha / self.r
+        if targets and not isinstance(targets[0], RouterTarget):
+            raise TargetError(f"{who}: {targets[0].name!r} was built after its router. Inject when the model is whole.")
+        found: list[Adapter] = []
+        for target in targets:
+            if isinstance(target, RouterTarget):
+                how = self.sizes(target), self.num_experts, self.classifier_dropout, self.gates, who
+                found.append(Router(target, shares, *how))
+            elif target.site.kind == "module":
+                found.append(Seen(shares))
+            else:
+                index = sum(isinstance(adapter, Experts) for adapter in found)
+                expert = self.num_experts, self.r, scaling, self.dropout, self.train_experts, who
+                found.append(self.adapter_types[target.site.kind](target, shares, index, *expert))
+        return found
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """The shares of the experts, (..., E), where the classifier answers ``logits`` (..., E)."""
+        gates = (logits / self.temperature).softmax(-1) if self.softmax else logits
+        if self.top_k is not None:
+            gates = gates * torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k).indices, 1)
+        if self.softmax_top_k:
+            none = gates == 0
+            gates = gates.masked_fill(none, -torch.inf).softmax(-1).masked_fill(none, 0)
+        return gates * self.global_scaling_weight
+
+    def sizes(self, target: RouterTarget) -> list[tuple[int, int]]:
+        """Features in and out of the layers of the classifier."""
+        outputs = self.num_experts * (target.n_layers if self.layerwise else 1)
+        widths = [target.d_out, *[self.size] * (self.depth - 1), outputs]
+        return list(zip(widths, widths[1:], strict=False))
+
+    def num_trainable(self, target: Target) -> int:
+        """E r (d_in + d_out) in a layer; (a + 1) b of each a -> b of the classifier."""
+        if isinstance(target, RouterTarget):
+            return sum((a + 1) * b for a, b in self.sizes(target))
+        if target.site.kind == "module" or not self.train_experts:
+            return 0
+        return self.num_experts * self.r * (target.d_in + target.d_out)
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """The same shares everywhere, and shares for each layer."""
+        layerwise = cls(num_experts=3, r=2, depth=2, size=9, classifier_dropout=0.0, layerwise=True)
+        return cls(num_experts=2, r=2), layerwise
