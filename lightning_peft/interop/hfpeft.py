@@ -57,7 +57,7 @@ _REFUSED = {
     "PREFIX_TUNING": _PROMPTS + "PrefixTuning(place='cache').",
     "CARTRIDGE": _PROMPTS + "PrefixTuning(place='cache').",
     "ADALORA": "drops ranks in calls that the training loop has to make. AdaLoRA of lightning_peft makes them itself.",
-    "XLORA": "calls the model twice, and needs adapters that were trained before. Load those under names of their own.",
+    "XLORA": "calls the model twice. XLoRA of lightning_peft does; load_experts takes adapters that are trained.",
     "SHADOW": "runs a network beside the model that none of its layers holds. See LadderSideTuning of lightning_peft.",
 }
 

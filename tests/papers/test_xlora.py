@@ -102,6 +102,16 @@ def test_the_classifier_alone_trains() -> None:
     assert names == {"layers.0.weight", "layers.0.bias"}
 
 
+def test_the_first_look_has_no_graph() -> None:
+    method = XLoRA(num_experts=2, r=2, modules_to_save="blocks.0.norm1")
+    model = inject(tiny(method), method)
+    seen: list[bool] = []
+    (router,) = [a for _, _, a in adapters_of(model) if isinstance(a, Router)]
+    router.layers[0].register_forward_hook(lambda module, args, answer: seen.append(args[0].requires_grad))
+    model(torch.randn(2, 5, 7))
+    assert seen == [False]
+
+
 def test_embeddings_have_experts() -> None:
     method = XLoRA(num_experts=2, r=3, target_modules="embed_tokens", alpha=6.0)
     model, base = moved(inject(backbone("llama"), method)), backbone("llama")
@@ -121,8 +131,8 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
         XLoRA(num_experts=2, top_k=3)
     with pytest.raises(TargetError, match="'lm_head' lies neither in the blocks"):
         inject(backbone("llama"), XLoRA(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(TargetError, match="module 'modell' embeds no text. Did you mean 'model'"):
-        inject(backbone("llama"), XLoRA(module="modell"))
+    with pytest.raises(TargetError, match="module 'mode' embeds no text. Did you mean 'model'"):
+        inject(backbone("llama"), XLoRA(module="mode"))
     model = inject(TinyBlocks(), XLoRA(num_experts=2, r=2, target_modules="qkv"))
     with pytest.raises(AdapterError, match="during no call of the model"):
         model.blocks[0](torch.randn(1, 4, 12))

@@ -175,7 +175,7 @@ class XLoRA(TargetedMethod):
         return list(zip(widths, widths[1:], strict=False))
 
     def num_trainable(self, target: Target) -> int:
-        """E r (d_in + d_out) in a layer; (a + 1) b of each a -> b of the classifier."""
+        """num_experts * r * (d_in + d_out) per layer, and (a + 1) * b of each layer a -> b of the classifier."""
         if isinstance(target, RouterTarget):
             return sum((a + 1) * b for a, b in self.sizes(target))
         if target.site.kind == "module" or not self.train_experts:
