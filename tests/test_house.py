@@ -100,6 +100,7 @@ def test_public_names_are_these() -> None:
         "inject",
         "list_methods",
         "load_adapter",
+        "load_experts",
         "merge",
         "routed",
         "save_adapter",

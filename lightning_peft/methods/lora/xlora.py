@@ -8,9 +8,8 @@ Shapes:   h (B, T, D); g (B, T, E), or (B, T, L, E) with a share of its own for 
           lora_A (E, r, d_in), lora_B (E, d_out, r); the classifier is one linear layer D -> E, or ``depth`` of them
           with ReLU between, ``size`` features wide
 Init:     A_e ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B_e = 0, so y starts as the base; the classifier as ``nn.Linear``, its
-          biases at zero. `load_experts` starts from adapters that were trained before, as the paper does
+          biases at zero. `load_experts` starts from adapters that were trained before, as the paper
 Merge:    none: the shares depend on the token
-Deviates from HF PEFT: dropout drops the same features for all experts.
 """
 
 from dataclasses import dataclass
@@ -21,15 +20,9 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.experts import EmbeddingExperts, Experts, Router, RouterTarget, Seen, Shares
 from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, register
-from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.limits import Count, Positive, Probability, check_range
-from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import is_below, module_target
-from lightning_peft.parts.blocks import find_blocks, stages_of
-from lightning_peft.parts.condition import TEXT, takes
-from lightning_peft.parts.layout import width_of
-from lightning_peft.parts.taps import looks_at_all
-from lightning_peft.parts.tokens import text_parts
+from lightning_peft.parts.streams import token_stream
 
 
 @register("xlora")
@@ -43,11 +36,11 @@ class XLoRA(TargetedMethod):
         num_experts: E, low-rank products in each layer.
         r: rank of each; that of the largest, where they are read from files.
         alpha: numerator of the scaling ``alpha / r``; None makes it 1.
-        dropout: probability of dropping a feature of the input of the products, in training only.
+        dropout: probability of dropping a feature of what the products are given, in training.
         train_experts: train the products too; else the classifier alone. Fresh products need it: they start at zero.
         depth: linear layers of the classifier.
         size: features between them.
-        classifier_dropout: probability of dropping one of these, in training only.
+        classifier_dropout: probability of dropping one of these in training.
         layerwise: a share of its own in each layer; else the same in all.
         softmax: shares are positive and add up to one; else they are the numbers that the classifier answers.
         temperature: what these are divided by before the softmax; lower ones make sharper choices.
@@ -100,63 +93,32 @@ class XLoRA(TargetedMethod):
     def targets(self, model: nn.Module) -> list[Target]:
         """The part that is routed, what it looks at, and the layers with experts."""
         who = type(self).__name__
-        path, width, seen, insides = self._routed(model, who)
+        stream = token_stream(model, who, self.module)
         found = super().targets(model)
-        inside = [t for t in found if any(not outer or is_below(t.owner, outer) for outer in insides)]
+        inside = [t for t in found if any(is_below(t.owner, outer) for outer in stream.layers)]
         outside = [t.name for t in found if t not in inside]
-        if not inside or (outside and self.target_modules not in ("all-linear", "all-layers")):
+        if outside and (not inside or self.target_modules not in ("all-linear", "all-layers")):
             raise TargetError(
-                f"{who}: {outside[0]!r} lies neither in the blocks, such as {insides[-1]!r}, nor embeds the ids, so it "
-                "is not sure to see each token. Leave it out (exclude_modules), or use LoRA."
+                f"{who}: {outside[0]!r} is not in {stream.layers[-1]!r} or its like, so it need not see every token. "
+                "Leave it out (exclude_modules), or use LoRA."
             )
-        part = module_target(model, path, width)
+        part = module_target(model, stream.path, stream.width)
         router = RouterTarget(part.name, part.module, part.site, part.owner, len(inside))
-        return [router, *([module_target(model, seen, width)] if seen else []), *inside]
-
-    def _routed(self, model: nn.Module, who: str) -> tuple[str, int, str, list[str]]:
-        """Path and width of the part whose calls are routed, path of what it looks at, and where experts may be."""
-        parts = text_parts(model)
-        if self.module is not None and self.module not in parts:
-            raise TargetError(
-                f"{who}: module {self.module!r} embeds no text.{nearest(self.module, parts)} Those that do: "
-                f"{', '.join(map(repr, parts)) or 'none'}."
-            )
-        if parts:
-            path = next(iter(parts)) if self.module is None else self.module
-            if len(parts) > 1 and self.module is None:
-                raise TargetError(
-                    f"{who}: {len(parts)} parts embed text ({', '.join(parts)}). Name one, such as module={path!r}."
-                )
-            embedding = parts[path].get_input_embeddings()
-            (name,) = [n for n, m in parts[path].named_modules() if m is embedding]
-            below = [name, *find_blocks(parts[path], None, who)]
-            return path, embedding.embedding_dim, "", [f"{path}.{name}".lstrip(".") for name in below]
-        blocks = find_blocks(model, None, who)
-        modules = [model.get_submodule(name) for name in blocks]
-        if len(stages_of(blocks)) > 1 or not all(looks_at_all(m) and not takes(m, TEXT) for m in modules):
-            raise TargetError(
-                f"{who}: {base_class(model).__name__} neither embeds a text nor is one stack of blocks that see tokens "
-                "(batch, n, width) and nothing else. To share experts out token by token takes that: use LoRA here."
-            )
-        return "", width_of(modules[-1], blocks[-1], who), blocks[-1], blocks
+        return [router, *([module_target(model, stream.last, stream.width)] if stream.last else []), *inside]
 
     def adapters(self, targets: list[Target]) -> list[Adapter]:
         """A router, and experts that look to it."""
+        if not targets:
+            return []
         who, shares, scaling = type(self).__name__, Shares(), 1.0 if self.alpha is None else self.alpha / self.r
-        if targets and not isinstance(targets[0], RouterTarget):
-            raise TargetError(f"{who}: {targets[0].name!r} was built after its router. Inject when the model is whole.")
-        found: list[Adapter] = []
-        for target in targets:
-            if isinstance(target, RouterTarget):
-                how = self.sizes(target), self.num_experts, self.classifier_dropout, self.gates, who
-                found.append(Router(target, shares, *how))
-            elif target.site.kind == "module":
-                found.append(Seen(shares))
-            else:
-                index = sum(isinstance(adapter, Experts) for adapter in found)
-                expert = self.num_experts, self.r, scaling, self.dropout, self.train_experts, who
-                found.append(self.adapter_types[target.site.kind](target, shares, index, *expert))
-        return found
+        part, *layers = targets
+        if not isinstance(part, RouterTarget):
+            raise TargetError(f"{who}: {part.name!r} was built after its router. Inject when the model is whole.")
+        seen: list[Adapter] = [Seen(shares) for target in layers if target.site.kind == "module"]
+        how = self.num_experts, self.r, scaling, self.dropout, self.train_experts, who
+        experts = [self.adapter_types[t.site.kind](t, shares, i, *how) for i, t in enumerate(layers[len(seen) :])]
+        classifier = self.sizes(part), self.num_experts, self.classifier_dropout, self.gates, who
+        return [Router(part, shares, *classifier), *seen, *experts]
 
     def gates(self, logits: Tensor) -> Tensor:
         """The shares of the experts, (..., E), where the classifier answers ``logits`` (..., E)."""
@@ -185,5 +147,4 @@ class XLoRA(TargetedMethod):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         """The same shares everywhere, and shares for each layer."""
-        layerwise = cls(num_experts=3, r=2, depth=2, size=9, classifier_dropout=0.0, layerwise=True)
-        return cls(num_experts=2, r=2), layerwise
+        return cls(num_experts=2, r=2), cls(num_experts=3, r=2, depth=2, size=9, classifier_dropout=0, layerwise=True)
