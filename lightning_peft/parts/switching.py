@@ -1,13 +1,12 @@
 """Which parameters train at the moment: drawing blocks, freezing and unfreezing them, and the moments they leave."""
 
 from collections.abc import Collection, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import TargetError, Training, check_range
-from lightning_peft.engine.limits import one_of
+from lightning_peft.engine import TargetError, Training
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
@@ -77,15 +76,6 @@ def blocks_to_draw(model: nn.Module, blocks: str | Sequence[str] | None, n_layer
             "or name finer blocks in blocks=."
         )
     return found
-
-
-def check_sampling(who: str, n_layers: int, interval_steps: int, state_policy: str) -> None:
-    """Raise an `AdapterError` for an argument that is out of range."""
-    check_range(who, "n_layers", n_layers, isinstance(n_layers, int) and n_layers >= 1, "an integer >= 1")
-    whole = isinstance(interval_steps, int) and interval_steps >= 1
-    check_range(who, "interval_steps", interval_steps, whole, "an integer >= 1")
-    policies = get_args(Moments)
-    check_range(who, "state_policy", state_policy, state_policy in policies, one_of(policies))
 
 
 def _moved(value: object, parameter: nn.Parameter, device: torch.device) -> object:

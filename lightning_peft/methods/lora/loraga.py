@@ -18,7 +18,7 @@ import torch
 
 from lightning_peft.adapters.low_rank import MeasuredStart
 from lightning_peft.engine import Adapter, Calibration, Kind, TargetError, register
-from lightning_peft.engine.limits import Positive
+from lightning_peft.engine.limits import Count, Positive
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -51,7 +51,7 @@ class LoRAGA(PiSSA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": MeasuredStart}
     calibrated: ClassVar[bool] = True
 
-    r: int = 8
+    r: Count = 8
     alpha: Positive | None = 16.0
     gamma: Positive = 16.0
 

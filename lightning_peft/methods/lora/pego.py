@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
 from lightning_peft.engine import Adapter, Kind, Layer, Target, Training, register
-from lightning_peft.engine.limits import Count, NonNegative
+from lightning_peft.engine.limits import Count, NonNegative, Positive
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -55,8 +55,8 @@ class PEGO(LoRA):
 
     n: Count = 4
     weight: NonNegative = 1e-3
-    r: int = 4
-    alpha: float | None = None
+    r: Count = 4
+    alpha: Positive | None = None
 
     def rank(self, target: Target) -> int:
         """The rank of the whole group: n * r."""

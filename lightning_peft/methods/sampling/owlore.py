@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.projected import projected
 from lightning_peft.engine import Target, TargetError, Training, register
-from lightning_peft.engine.limits import Patterns
+from lightning_peft.engine.limits import Count, Patterns, Positive
 from lightning_peft.engine.targets import is_below
 from lightning_peft.methods.sampling.galore import GaLore
 from lightning_peft.parts.blocks import find_blocks
-from lightning_peft.parts.switching import Moments, blocks_to_draw, check_sampling, draw, let_blocks_train
+from lightning_peft.parts.switching import Moments, blocks_to_draw, draw, let_blocks_train
 
 
 @register("owlore")
@@ -57,18 +57,14 @@ class OwLore(GaLore):
 
     paper: ClassVar[str] = "arXiv:2405.18380"
 
-    r: int = 256
-    update_proj_gap: int = 100
-    n_layers: int = 5
-    interval_steps: int = 50
-    outlier_threshold: float = 13.0
+    r: Count = 256
+    update_proj_gap: Count = 100
+    n_layers: Count = 5
+    interval_steps: Count = 50
+    outlier_threshold: Positive = 13.0
     blocks: Patterns | None = None
     state_policy: Moments = "reset"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sampling("OwLore", self.n_layers, self.interval_steps, self.state_policy)
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The chosen layers inside of blocks."""
