@@ -9,6 +9,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_peft import HFT, LPFT, SORSA, AdapterError, LinearProbe, LoRA, Telly, inject
 from lightning_peft.engine import adapters_of, get_method, notify
+from tests.methods.backbones import backbone
 from tests.papers.stack import stack, steps, trainable_blocks
 
 
@@ -53,6 +54,17 @@ def test_hft_trains_half_of_each_category_of_each_block() -> None:
         assert on[0] != on[1]
     assert {"embed.weight", "head.bias"} <= trained(model)
     assert all(block.attn.weight.requires_grad == block.attn.bias.requires_grad for block in model.layers)
+
+
+def test_hft_tells_the_categories_of_a_llama_as_the_paper_does() -> None:
+    model = backbone("llama")
+    blocks = inject(model, HFT()).model.layers
+    norms = ("input_layernorm", "post_attention_layernorm")
+    feed_forward = [sum(p.requires_grad for p in block.mlp.parameters()) for block in blocks]
+    for block in blocks:
+        assert sum(getattr(block.self_attn, f"{name}_proj").weight.requires_grad for name in "qkvo") == 2
+        assert sum(getattr(block, name).weight.requires_grad for name in norms) == 1
+    assert sorted(feed_forward) == [1, 2], "of three, one more in every other block"
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.8])
