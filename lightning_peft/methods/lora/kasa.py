@@ -101,12 +101,18 @@ class KaSA(LoRA):
     beta: NonNegative = 1e-4
     gamma: NonNegative = 1e-3
 
+    def rank(self, target: Target) -> int:
+        """The rank of the update; a lowered one leaves something of the weight."""
+        r = super().rank(target)
+        return max(1, min(r, min(target.d_in, target.d_out) - 1)) if self.clip_rank else r
+
     def adapter(self, target: Target) -> Adapter:
         """A product on a weight of which something is left."""
         if self.rank(target) == min(target.d_in, target.d_out):
             raise TargetError(
                 f"KaSA: r={self.rank(target)} takes everything out of {target.name!r} ({target.d_out} x "
-                f"{target.d_in}). Lower r, give the layer its own in rank_pattern, or name it in exclude_modules."
+                f"{target.d_in}). Lower r, give the layer its own in rank_pattern, set clip_rank=True, or name it in "
+                "exclude_modules."
             )
         return super().adapter(target)
 
