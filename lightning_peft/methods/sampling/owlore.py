@@ -13,7 +13,6 @@ Schedule: D is measured on the first batch; directions are taken anew when block
 Example:  {"n_layers": 2}
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.projected import projected
-from lightning_peft.engine import Target, TargetError, Training, register
+from lightning_peft.engine import Calibration, Target, TargetError, Training, register
 from lightning_peft.engine.limits import Count, Patterns, Positive
 from lightning_peft.engine.targets import is_below
 from lightning_peft.methods.sampling.galore import GaLore
@@ -94,18 +93,14 @@ class OwLore(GaLore):
     def _outlier_shares(self, training: Training, blocks: list[str]) -> Tensor:
         squares: dict[nn.Module, Tensor] = {}
 
-        def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            flat = inputs[0].detach().flatten(0, -2).float()
-            squares[module] = squares.get(module, 0) + flat.square().sum(0)
+        def observe(module: nn.Module, x: Tensor) -> None:
+            squares[module] = squares.get(module, 0) + x.square().sum(0)
 
-        adapted = [(name, module, adapter) for name, module, adapter in training.adapters()]
-        with ExitStack() as hooks:
-            for _, module, _ in adapted:
-                hooks.enter_context(module.register_forward_pre_hook(observe))
-            training.batch_loss()
+        batch: list[Any] = [training.batch_loss]
+        Calibration(training.model, training.name, batch).observe_inputs(observe)
         shares = []
         for block in blocks:
-            inside = [(module, adapter) for name, module, adapter in adapted if is_below(name, block)]
+            inside = [(module, adapter) for name, module, adapter in training.adapters() if is_below(name, block)]
             scores = [_scores(adapter.site.get(module)[0], squares.get(module)) for module, adapter in inside]
             count = max(1, sum(s.numel() for s in scores))
             threshold = self.outlier_threshold * sum(s.sum() for s in scores) / count
