@@ -31,7 +31,7 @@ class PEGO(LoRA):
 
     Args:
         n: products in the group.
-        weight: of the penalty.
+        weight: of the penalty; 0 switches it off.
         r: rank of each of them; trainable numbers per layer: n * r * (d_in + d_out).
         alpha: numerator of s = alpha / (n * r), which is 1 by default.
         dropout: see `LoRA`; so for the arguments that follow it.
@@ -67,7 +67,9 @@ class PEGO(LoRA):
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """Both overlaps, over all layers."""
-        found = [(Layer(module, a.site).weight, a) for _, module, a in training.adapters() if isinstance(a, LowRank)]
+        found = [(Layer(module, a.site).weight, a) for _, module, a in training.adapters()]
+        if not self.weight or not found:
+            return {}
         return {
             "preserve": self.weight * torch.stack([self.overlap_with(weight, a) for weight, a in found]).sum(),
             "diversify": self.weight * torch.stack([self.overlap_within(a) for _, a in found]).sum(),
