@@ -20,7 +20,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import HostedMethod, Method, Training, check_range, get_method, register
+from lightning_peft.engine import (
+    HostedMethod,
+    Method,
+    Target,
+    TargetError,
+    Training,
+    check_range,
+    get_method,
+    register,
+)
 from lightning_peft.engine.limits import Count, NonNegative, Patterns
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
@@ -47,7 +56,7 @@ class IST(HostedMethod):
 
     Raises:
         AdapterError: an argument is out of range, or the loop offers no loss to measure with.
-        TargetError: no blocks are found, or fewer than ``n_layers``, or ``method`` finds nothing.
+        TargetError: no blocks are found, or fewer than ``n_layers``, or ``method`` puts no adapter into one.
 
     >>> from torch import nn
     >>> from lightning_peft import inject
@@ -71,6 +80,17 @@ class IST(HostedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("IST", "beta", self.beta, 0 <= self.beta <= 1, "a number in [0, 1]")
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """Those of the other method, some of them in the blocks."""
+        found, blocks = super().targets(model), find_blocks(model, self.blocks, who="IST")
+        if not any(is_below(target.name, block) for target in found for block in blocks):
+            raise TargetError(
+                f"IST: {type(self.host).__name__} puts no adapter into any of {blocks[0]} to {blocks[-1]}, so there is "
+                "no importance to measure. Choose another method or other target_modules, name the blocks in blocks=, "
+                "or train blocks as they are with LISA."
+            )
+        return found
 
     def n_chosen(self, model: nn.Module) -> int:
         """Blocks of ``model`` whose adapters train in a step."""
