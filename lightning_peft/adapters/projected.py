@@ -21,6 +21,8 @@ class Projected(LowRank):
         r: number of directions.
     """
 
+    missed = False  # whether new directions are due, and there were no finite gradients to take them from
+
     def __init__(self, target: Target, r: int) -> None:
         super().__init__(target, r, scaling=1.0)
         self.tall = target.d_out >= target.d_in

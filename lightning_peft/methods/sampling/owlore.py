@@ -83,7 +83,7 @@ class OwLore(GaLore):
         if not chances.any():
             chances.copy_(training.average(self._outlier_shares(training, blocks)) + 1e-12)
         period, begun = divmod(training.step, self.interval_steps)
-        due = begun == 0 or training.step % self.update_proj_gap == 0
+        due = begun == 0 or self.due(training)
         if training.is_new((period, due)):
             drawn = draw(chances, self.n_layers, self.seed, period)
             let_blocks_train(training, blocks, drawn, self.state_policy)
