@@ -63,17 +63,25 @@ def let_all_train(training: Training) -> None:
     training.is_new(None)
 
 
-def blocks_to_draw(model: nn.Module, blocks: str | Sequence[str] | None, n_layers: int, who: str) -> list[str]:
-    """`find_blocks`, of which there must be ``n_layers`` at least.
+def blocks_to_draw(
+    model: nn.Module,
+    blocks: str | Sequence[str] | None,
+    n_layers: int,
+    who: str,
+    trained: Collection[str] | None = None,
+) -> list[str]:
+    """`find_blocks`, of which there must be ``n_layers`` at least; those without any of ``trained`` are left out.
 
     Raises:
         TargetError: there are fewer, or none.
     """
     found = find_blocks(model, blocks, who)
+    if trained is not None:  # a step in which nothing trains would be lost
+        found = [block for block in found if any(is_below(name, block) for name in trained)]
     if n_layers > len(found):
         raise TargetError(
-            f"{who}: n_layers={n_layers}, but there are {len(found)} blocks, {found[0]} to {found[-1]}. Lower it, "
-            "or name finer blocks in blocks=."
+            f"{who}: n_layers={n_layers}, but there are {len(found)} blocks to draw, {found[0]} to {found[-1]}. Lower "
+            "it, or name finer blocks in blocks=."
         )
     return found
 

@@ -93,6 +93,16 @@ def test_a_method_without_adapters_in_the_blocks_is_refused(host: Method | str) 
     assert "_peft" not in model.__dict__
 
 
+def test_blocks_in_which_nothing_trains_are_not_drawn() -> None:
+    host = LoRA(r=2, target_modules=("layers.1.up", "layers.3.up"))
+    model, seen = inject(stack(), IST(method=host, n_layers=1, interval_steps=2)), []
+    steps(model, SGD(model.parameters(), lr=0.1), 0, 12, lambda step: seen.append(trainable_blocks(model)))
+    assert {tuple(blocks) for blocks in seen} == {(1,), (3,)}
+    assert importance(model).shape == (2,)
+    with pytest.raises(TargetError, match=r"n_layers=3, but there are 2 blocks to draw, layers.1 to layers.3"):
+        inject(stack(), IST(method=host, n_layers=3))
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(AdapterError, match="method must be a method such as LoRA"):
         IST(method=3)  # type: ignore[arg-type]
