@@ -109,7 +109,9 @@ class CoreOnFixed(StartedCore):
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo what weight decay and momentum did to them all the same."""
-        self.lora_B[:, : self.held.shape[1]] = self.held
+        held = self.__dict__.pop("held", None)
+        if held is not None:
+            self.lora_B[:, : held.shape[1]] = held
 
 
 class CoreOnFixedConv(CoreOnFixed, CoreConv):

@@ -29,8 +29,8 @@ class GivenFactors(LowRank):
 
     def __init__(self, target: Target, r: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__(target, r, scaling, dropout)
-        for name in ("lora_A", "lora_B"):
-            self.register_buffer(name, self._parameters.pop(name).detach())  # type: ignore[union-attr]
+        self.fix("lora_A")
+        self.fix("lora_B")
 
 
 class GivenDiagonal(GivenFactors):

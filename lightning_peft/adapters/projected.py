@@ -21,11 +21,12 @@ class Projected(LowRank):
         r: number of directions.
     """
 
+    missed = False  # whether new directions are due, and there were no finite gradients to take them from
+
     def __init__(self, target: Target, r: int) -> None:
         super().__init__(target, r, scaling=1.0)
         self.tall = target.d_out >= target.d_in
-        given = self._parameters.pop("lora_A" if self.tall else "lora_B")
-        self.register_buffer("lora_A" if self.tall else "lora_B", given.detach())  # type: ignore[union-attr]
+        self.fix("lora_A" if self.tall else "lora_B")
 
     @property
     def directions(self) -> Tensor:

@@ -238,8 +238,8 @@ def _check_watched(training: Training) -> None:
 def _penalize(training: Training) -> dict[str, Tensor]:
     """Add the gradients of the penalties of a method; not by ``backward``, which wrappers of the model listen to."""
     penalties = training.injection.method.penalties(training)
-    trained = [p for p in training.parameters().values() if p.requires_grad] if penalties else []
-    if trained:
+    if any(penalty.requires_grad for penalty in penalties.values()):  # not while all that they are of is frozen
+        trained = [p for p in training.parameters().values() if p.requires_grad]
         gradients = torch.autograd.grad(sum(penalties.values()), trained, allow_unused=True)  # type: ignore[arg-type]
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:

@@ -1,13 +1,12 @@
 """Which parameters train at the moment: drawing blocks, freezing and unfreezing them, and the moments they leave."""
 
 from collections.abc import Collection, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import TargetError, Training, check_range
-from lightning_peft.engine.limits import one_of
+from lightning_peft.engine import TargetError, Training
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
@@ -64,28 +63,27 @@ def let_all_train(training: Training) -> None:
     training.is_new(None)
 
 
-def blocks_to_draw(model: nn.Module, blocks: str | Sequence[str] | None, n_layers: int, who: str) -> list[str]:
-    """`find_blocks`, of which there must be ``n_layers`` at least.
+def blocks_to_draw(
+    model: nn.Module,
+    blocks: str | Sequence[str] | None,
+    n_layers: int,
+    who: str,
+    trained: Collection[str] | None = None,
+) -> list[str]:
+    """`find_blocks`, of which there must be ``n_layers`` at least; those without any of ``trained`` are left out.
 
     Raises:
         TargetError: there are fewer, or none.
     """
     found = find_blocks(model, blocks, who)
+    if trained is not None:  # a step in which nothing trains would be lost
+        found = [block for block in found if any(is_below(name, block) for name in trained)]
     if n_layers > len(found):
         raise TargetError(
-            f"{who}: n_layers={n_layers}, but there are {len(found)} blocks, {found[0]} to {found[-1]}. Lower it, "
-            "or name finer blocks in blocks=."
+            f"{who}: n_layers={n_layers}, but there are {len(found)} blocks to draw, {found[0]} to {found[-1]}. Lower "
+            "it, or name finer blocks in blocks=."
         )
     return found
-
-
-def check_sampling(who: str, n_layers: int, interval_steps: int, state_policy: str) -> None:
-    """Raise an `AdapterError` for an argument that is out of range."""
-    check_range(who, "n_layers", n_layers, isinstance(n_layers, int) and n_layers >= 1, "an integer >= 1")
-    whole = isinstance(interval_steps, int) and interval_steps >= 1
-    check_range(who, "interval_steps", interval_steps, whole, "an integer >= 1")
-    policies = get_args(Moments)
-    check_range(who, "state_policy", state_policy, state_policy in policies, one_of(policies))
 
 
 def _moved(value: object, parameter: nn.Parameter, device: torch.device) -> object:

@@ -1,6 +1,7 @@
 """Methods are frozen hyper-parameters with declared facts, and the registry knows them all."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -41,6 +42,26 @@ def test_the_registry_is_where_a_method_says_it_is(cls: type[Method]) -> None:
     assert row[:5] == (cls.name, cls, cls.family, cls.paper, cls.mergeable)
     assert set(row.modalities) <= {"vision", "text", "diffusion"}
     assert row.modalities
+
+
+@every_method
+def test_limits_of_a_parent_hold_where_another_default_is_given(cls: type[Any]) -> None:
+    own = {field.name: field.type for field in dataclasses.fields(cls)}
+    for parent in cls.__mro__:
+        for name, annotation in inspect.get_annotations(parent).items():
+            assert "Annotated" not in repr(annotation) or "Annotated" in repr(own[name]), name
+
+
+@every_method
+def test_ranks_and_patterns_are_checked(cls: type[Any]) -> None:
+    for field in dataclasses.fields(cls):
+        if field.name == "r" and "an integer >= 1" in repr(field.type):
+            with pytest.raises(AdapterError, match=f"{cls.__name__}: r must be .*, got 0"):
+                cls(r=0)
+        if "a pattern or several" in repr(field.type):
+            assert getattr(cls(**{field.name: ["a", "b"]}), field.name) == ("a", "b")
+            with pytest.raises(AdapterError, match=f"{cls.__name__}: {field.name} must be a pattern or several, got 3"):
+                cls(**{field.name: 3})
 
 
 @every_method

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import disabled, load_adapter, merge, save_adapter, set_active, set_trainable, unload, unmerge
 from lightning_peft.adapters.low_rank import LowRank
@@ -45,9 +46,9 @@ def adapted(method: Method, seed: int = 2) -> nn.Module:
     return moved(inject(tiny(method), method), seed)
 
 
-def ready(method: Method, x: Tensor) -> nn.Module:
+def ready(method: Method, x: Tensor, base: nn.Module | None = None) -> nn.Module:
     """At the start of training; calibrated, if the method measures its start on data."""
-    model = inject(tiny(method), method).train()
+    model = inject(tiny(method) if base is None else base, method).train()
     if method.calibrated:
         calibrate(model, [lambda: model(x).square().mean(), lambda: (model(2 * x) - 1).square().mean()])
     return model
@@ -63,7 +64,7 @@ def train(
 ) -> list[float]:
     """Some steps towards a model of the same form, as any plain loop makes them."""
     optimizer = optimizer or optimizer_of(model)
-    goal = torch.linspace(-1, 1, 3).expand(2, 13, 3)
+    goal = torch.linspace(-1, 1, 3, dtype=x.dtype).expand(2, 13, 3)
     losses = []
     for step in range(first, first + steps):
         optimizer.zero_grad()
@@ -138,6 +139,21 @@ def test_disabled_answers_as_the_base(method: Method, x: Tensor) -> None:
             pass
     assert torch.equal(model(x), y)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "method", [case for case in CASES if case.values[0].acts_on == "layers" and not case.values[0].changes_base]
+)
+def test_a_weight_that_is_stored_the_other_way_round_trains_the_same(method: Method, x: Tensor) -> None:
+    losses = []
+    for transposed in (False, True):
+        base = tiny(method).double()
+        if transposed:
+            given, base.q_proj = base.q_proj, Conv1D(11, 7)
+            base.q_proj.weight = nn.Parameter(given.weight.detach().T.contiguous())
+            base.q_proj.bias = given.bias
+        losses.append(train(ready(method, x.double(), base), x.double(), steps=5))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @every_example

@@ -123,6 +123,19 @@ def test_a_budget_that_does_not_fall_keeps_all() -> None:
     assert ranks(model) == [2] * 6
 
 
+@pytest.mark.parametrize("skipped", [(), (9,), (9, 10, 11)])
+def test_a_final_step_that_is_passed_over_is_made_up_for(skipped: tuple[int, ...]) -> None:
+    model = inject(stack(2), AdaLoRA(r=4, target_r=1, tfinal=5, deltaT=100, target_modules=TARGETS))
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    counts = []
+    for step in range(15):
+        if step not in skipped:  # as behind a loss scaler, where the step counts, and nobody is told of it
+            take(model, optimizer, step, lambda step: loss(model, step), total=15)
+        counts.append(sum(ranks(model)))
+    first = 9 + len(skipped)  # of 6 layers
+    assert counts == [24] * first + [6] * (15 - first)
+
+
 def test_a_run_that_is_too_short_is_refused_before_it_starts() -> None:
     model = inject(stack(2), AdaLoRA(r=2, tinit=10, tfinal=20))
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)

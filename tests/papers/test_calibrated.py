@@ -111,3 +111,5 @@ def test_bad_data_is_refused_and_leaves_the_adapters_alone(method: CorDA | LoRAG
 def test_lora_ga_needs_twice_as_many_directions() -> None:
     with pytest.raises(TargetError, match=r"fewer than 2 r = 4 directions. Lower r"):
         inject(stack(), LoRAGA(r=2))  # embed has three
+    clipped = calibrated(LoRAGA(r=100, clip_rank=True))
+    assert [len(adapter.lora_A) for _, _, adapter in adapters_of(clipped)][:3] == [1, 3, 3]

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from lightning_peft import HFT, LPFT, AdapterError, LinearProbe, LoRA, Telly, inject
-from lightning_peft.engine import adapters_of, get_method
+from lightning_peft import HFT, LPFT, SORSA, AdapterError, LinearProbe, LoRA, Telly, inject
+from lightning_peft.engine import adapters_of, get_method, notify
+from tests.methods.backbones import backbone
 from tests.papers.stack import stack, steps, trainable_blocks
 
 
@@ -53,6 +54,17 @@ def test_hft_trains_half_of_each_category_of_each_block() -> None:
         assert on[0] != on[1]
     assert {"embed.weight", "head.bias"} <= trained(model)
     assert all(block.attn.weight.requires_grad == block.attn.bias.requires_grad for block in model.layers)
+
+
+def test_hft_tells_the_categories_of_a_llama_as_the_paper_does() -> None:
+    model = backbone("llama")
+    blocks = inject(model, HFT()).model.layers
+    norms = ("input_layernorm", "post_attention_layernorm")
+    feed_forward = [sum(p.requires_grad for p in block.mlp.parameters()) for block in blocks]
+    for block in blocks:
+        assert sum(getattr(block.self_attn, f"{name}_proj").weight.requires_grad for name in "qkvo") == 2
+        assert sum(getattr(block, name).weight.requires_grad for name in norms) == 1
+    assert sorted(feed_forward) == [1, 2], "of three, one more in every other block"
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.8])
@@ -110,3 +122,30 @@ def test_lpft_before_another_method_trains_its_adapters_and_the_head() -> None:
     assert all(adapter.lora_B.any() for _, _, adapter in adapters_of(model))
     assert not model.layers[0].up.weight.requires_grad
     assert get_method("lpft")(method="lora") == LPFT(method=LoRA())
+
+
+def test_lpft_forgets_no_moments_but_its_own() -> None:
+    model, other = inject(stack(), LPFT(lp_epochs=1)), nn.Parameter(torch.ones(3))
+    optimizer = AdamW([*model.parameters(), other], lr=0.01)
+    other.grad = torch.ones(3)
+    steps(model, optimizer, 0, 1, epoch=0)
+    steps(model, optimizer, 1, 2, epoch=1)
+    assert optimizer.state[model.head.weight]["step"] == 1
+    assert optimizer.state[other]["step"] == 1
+
+
+def test_lpft_before_a_method_with_a_penalty_adds_it_when_the_adapters_train() -> None:
+    host = SORSA(r=2, gamma=0.5, target_modules=r"layers\.\d\.up")
+    model, plain = inject(stack(), LPFT(lp_epochs=1, method=host)), inject(stack(), host)
+    for net in (model, plain):
+        for _, _, adapter in adapters_of(net):
+            adapter.lora_A.data.mul_(2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for epoch, on in ((0, False), (1, True)):
+        notify(model, "on_train_batch_start", optimizer, epoch=epoch)
+        (value,) = notify(model, "on_before_optimizer_step", optimizer, epoch=epoch).values()
+        assert value > 0
+        assert [a.lora_A.grad is not None for _, _, a in adapters_of(model)] == [on] * 4
+    notify(plain, "on_before_optimizer_step", optimizer)
+    for (_, _, one), (_, _, other) in zip(adapters_of(model), adapters_of(plain), strict=True):
+        assert torch.equal(one.lora_A.grad, other.lora_A.grad)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from lightning_peft import FullFineTuning, GaLore, inject
+from lightning_peft import FullFineTuning, GaLore, OwLore, inject
 from lightning_peft.engine import adapters_of
 from tests.papers.stack import loss, stack, steps
 
@@ -84,6 +84,29 @@ def test_a_step_without_finite_gradients_keeps_the_directions() -> None:
     class Skips(SGD):  # as a loss scaler does
         def step(self, closure: object = None) -> None: ...
 
-    module.weight.register_hook(lambda g: g * torch.inf)
+    broken = module.weight.register_hook(lambda g: g * torch.inf)
     steps(model, Skips(model.parameters(), lr=0.1), 0, 1)
     assert torch.equal(adapter.directions, before)
+    broken.remove()
+
+
+@pytest.mark.parametrize("method", [GaLore(r=2), OwLore(r=2, n_layers=2)], ids=repr)
+def test_directions_that_a_step_could_not_give_are_taken_from_the_next(method: GaLore) -> None:
+    model, asked = inject(stack(2).double(), method), []
+    _, module, adapter = adapters_of(model)[-1]
+    optimizer = SGD(model.parameters(), lr=0.0)
+    broken = module.weight.register_hook(lambda g: g * torch.inf)
+
+    def look(step: int) -> None:
+        asked.append(module.weight.requires_grad)
+
+    steps(model, optimizer, 0, 2, look)
+    broken.remove()
+    steps(model, optimizer, 2, 4, look)
+    assert asked == [True, True, True, False]
+    twin = stack(2).double()
+    loss(twin, 2).backward()
+    G = twin.get_parameter(f"{adapters_of(model)[-1][0]}.weight").grad
+    directions = adapter.directions if adapter.tall else adapter.directions.T
+    along = G @ directions.T @ directions if adapter.tall else directions.T @ directions @ G
+    assert (G - along).norm().item() == pytest.approx(torch.linalg.svdvals(G)[2:].norm().item(), abs=1e-9)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_peft import IA3, IST, AdapterError, LoRA, inject
-from lightning_peft.engine import adapters_of, notify
+from lightning_peft.engine import Method, TargetError, adapters_of, notify
 from lightning_peft.parts.switching import draw
 from lightning_peft.parts.weakening import weakened
 from tests.papers.stack import batch, loss, stack, steps, trainable_blocks
@@ -83,6 +83,24 @@ def test_weakened_adapters_act_in_part_and_are_whole_again(host: LoRA | IA3) -> 
     with weakened(list(base.adapters.values()), 0.25):
         torch.testing.assert_close(model(x), plain + 0.25 * (full - plain))
     assert torch.equal(model(x), full)
+
+
+@pytest.mark.parametrize("host", ["linearprobe", "bitfit", LoRA(r=2, target_modules="embed")], ids=str)
+def test_a_method_without_adapters_in_the_blocks_is_refused(host: Method | str) -> None:
+    model = stack()
+    with pytest.raises(TargetError, match=r"puts no adapter into any of layers.0 to layers.3.* with LISA"):
+        inject(model, IST(method=host))
+    assert "_peft" not in model.__dict__
+
+
+def test_blocks_in_which_nothing_trains_are_not_drawn() -> None:
+    host = LoRA(r=2, target_modules=("layers.1.up", "layers.3.up"))
+    model, seen = inject(stack(), IST(method=host, n_layers=1, interval_steps=2)), []
+    steps(model, SGD(model.parameters(), lr=0.1), 0, 12, lambda step: seen.append(trainable_blocks(model)))
+    assert {tuple(blocks) for blocks in seen} == {(1,), (3,)}
+    assert importance(model).shape == (2,)
+    with pytest.raises(TargetError, match=r"n_layers=3, but there are 2 blocks to draw, layers.1 to layers.3"):
+        inject(stack(), IST(method=host, n_layers=3))
 
 
 def test_wrong_arguments_are_refused() -> None:

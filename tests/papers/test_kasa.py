@@ -87,3 +87,8 @@ def test_a_rank_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(TargetError, match=r"r=6 takes everything out of 'layers.0.attn' \(6 x 6\)"):
         inject(model, KaSA(r=6, target_modules=LAYERS))
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_lowered_rank_leaves_something_of_each_weight() -> None:
+    model = inject(stack(1), KaSA(r=100, clip_rank=True))
+    assert [len(adapter.lora_z) for _, _, adapter in adapters_of(model)] == [2, 5, 5, 5]

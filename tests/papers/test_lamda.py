@@ -140,6 +140,7 @@ def test_in_the_end_the_cores_alone_train(resumed: bool) -> None:
     assert {id(p) for p in trained} == {id(a.lora_N) for a in layers_of(model)}
     assert sum(p.numel() for p in trained) == 6 * 3 * 3
     assert set(optimizer.state) == set(trained), "no moments are kept of what is frozen"
+    assert not any("held" in vars(a) for a in layers_of(model)), "nor copies of it behind the step"
 
 
 def test_no_input_is_kept_for_the_backward_pass() -> None:

@@ -118,7 +118,7 @@ def test_offloaded_moments_lie_in_main_memory() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(TargetError, match=r"n_layers=5, but there are 4 blocks, layers.0 to layers.3"):
+    with pytest.raises(TargetError, match=r"n_layers=5, but there are 4 blocks to draw, layers.0 to layers.3"):
         inject(stack(), LISA(n_layers=5))
     with pytest.raises(AdapterError, match="state_policy must be one of 'reset', 'keep', 'offload', got 'drop'"):
         LISA(state_policy="drop")  # type: ignore[arg-type]

@@ -35,6 +35,30 @@ def test_chances_are_the_shares_of_outliers() -> None:
     torch.testing.assert_close(chances(model), torch.stack(expected) + 1e-12)
 
 
+class Masked(nn.Module):
+    """Takes a mask of the tokens that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = stack()
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.stack(x)
+
+
+def test_padding_is_no_input() -> None:
+    x, mask = torch.randn(2, 6, 3), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
+    x = torch.where(mask.bool()[..., None], x, 100 * x * torch.tensor([9.0, 1.0, 0.0]))
+    found = []
+    for inputs, given in ((x, mask), (x[mask.bool()][None], None)):
+        model = nn.ModuleDict({"net": Masked()})
+        inject(model, owlore(outlier_threshold=1.5))
+        compute = lambda m=model, i=inputs, g=given: m["net"](i, attention_mask=g).square().mean()  # noqa: E731
+        notify(model, "on_train_batch_start", [], step=0, loss=compute)
+        found.append(chances(model))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_equal_chances_draw_the_blocks_of_lisa() -> None:
     seen: dict[str, list[list[int]]] = {"owlore": [], "lisa": []}
     for name, method in (("owlore", owlore(seed=3)), ("lisa", LISA(n_layers=1, interval_steps=2, seed=3))):

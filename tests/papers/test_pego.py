@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lightning_peft import PEGO, inject
-from lightning_peft.engine import adapters_of
+from lightning_peft.engine import adapters_of, notify
 from tests.papers.stack import loss, stack, steps
 
 N, R, ALPHA = 3, 1, 6.0
@@ -61,6 +61,11 @@ def test_the_penalty_is_flat_at_the_start() -> None:
         steps(each, SGD(trained(each), lr=0.1), 0, 1)
     for one, other in zip(trained(model), trained(plain), strict=True):
         assert torch.equal(one, other)
+
+
+def test_without_weight_there_is_no_penalty() -> None:
+    model = inject(stack(1), PEGO(n=2, r=1, weight=0.0))
+    assert notify(model, "on_before_optimizer_step", SGD(trained(model), lr=0.1)) == {}
 
 
 def test_a_strong_penalty_keeps_the_products_apart() -> None:

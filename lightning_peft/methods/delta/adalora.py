@@ -124,10 +124,12 @@ class AdaLoRA(LoRA):
         adapters = [adapter for _, _, adapter in training.adapters()]
         for parameter in (p for adapter in adapters for p in adapter.parameters() if step < final):
             measure_sensitivity(training, parameter, self.beta1, self.beta2)
+        last = len(adapters) * (self.target_r or max(1, 2 * self.r // 3))
         choose = step == final or (self.tinit < step < final and step % self.deltaT == 0)
+        if step > final and training.is_new("final"):  # a loss scaler may have passed over that step
+            choose = sum(int(adapter.kept.sum()) for adapter in adapters) > last
         if choose:
             worths = [triplet_worths(training, adapter) for adapter in adapters]
-            last = len(worths) * (self.target_r or max(1, 2 * self.r // 3))
             budget = cubic_budget(step, sum(map(len, worths)), last, self.tinit, final)
             for adapter, kept in zip(adapters, keep_largest(worths, budget), strict=True):
                 adapter.kept.copy_(kept)

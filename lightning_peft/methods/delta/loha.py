@@ -6,9 +6,10 @@ Formula:  y = W x + b + scaling * ((w1_a w1_b) * (w2_a w2_b)) dropout(x), the tw
 Shapes:   hada_w1_a, hada_w2_a (d_out, r); hada_w1_b, hada_w2_b (r, d_in), in a convolution (r, c_in / groups, *kernel)
 Init:     w1_b ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), w1_a, w2_a ~ U(-1/sqrt(r), 1/sqrt(r)), w2_b = 0; y starts as the base
 Merge:    W <- W + scaling * (w1_a w1_b) * (w2_a w2_b)
-Cost:     the delta (d_out, d_in) is built
+Cost:     thin products of rank r * r
 Deviates from the authors' code: the delta is never built; it is one product of rank r * r, whose factors are the
-          products of all pairs of columns of w1_a and w2_a, and of all pairs of rows of w1_b and w2_b.
+          products of all pairs of columns of w1_a and w2_a, and of all pairs of rows of w1_b and w2_b. It starts as in
+          HF PEFT; theirs at normal numbers, and at w2_a = 0.
 """
 
 import math

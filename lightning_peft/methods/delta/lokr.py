@@ -3,12 +3,14 @@
 Paper:    Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", 2024,
           arXiv:2309.14859.
 Formula:  y = W x + b + scaling * (w1 kron w2) dropout(x),  w2 = w2_a w2_b where that is smaller,  scaling = alpha / r
-Shapes:   d_out = l k and d_in = m n, l <= k and m <= n as near to each other as they can be; w1 (l, m), w2 (k, n) or
-          w2_a (k, r), w2_b (r, n); with decompose_both w1_a (l, r), w1_b (r, m); convolution: c_in / groups = m n, and
-          w2 (k, n, *kernel), w2_b (r, n, *kernel)
+Shapes:   d_out = l k and d_in = m n, l <= k and m <= n as near to each other as they can be, unless decompose_factor
+          says otherwise; w1 (l, m), w2 (k, n) or w2_a (k, r), w2_b (r, n); with decompose_both w1_a (l, r),
+          w1_b (r, m); convolution: c_in / groups = m n, and w2 (k, n, *kernel), w2_b (r, n, *kernel)
 Init:     w1 = 0 (w1_a = 0), all others uniform up to 1 / sqrt(their inputs); y starts as the base
 Merge:    W <- W + scaling * (w1 kron w2)
-Deviates from the authors' code: scaling is alpha / r even where neither matrix is decomposed, as in HF PEFT.
+Cost:     in a convolution the delta is built
+Deviates from the authors' code: scaling is alpha / r even where neither matrix is decomposed, and w1 starts at zero, as
+          in HF PEFT; theirs is w2, or w2_b.
 """
 
 import math

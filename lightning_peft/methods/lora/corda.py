@@ -3,12 +3,13 @@
 Paper:    Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", 2024,
           arXiv:2406.05223.
 Formula:  W C = U diag(sigma) V^T, so W = U diag(sigma) V^T C^-1; the product starts at r of these triplets
-Shapes:   C (d_in, d_in), the mean of x^T x over the inputs of the layer; lora_A (r, d_in), lora_B (d_out, r)
+Shapes:   C (d_in, d_in), x^T x over the inputs of the layer, its mean diagonal 1; lora_A (r, d_in), lora_B (d_out, r)
 Init:     A_0 = diag(sqrt(sigma / s)) V^T C^-1, B_0 = U diag(sqrt(sigma / s)); y starts as the base
 Merge:    as PiSSA
 Schedule: C is measured before training; each batch is divided by its largest absolute entry, as the authors' code
           means to do (it takes the largest entry)
-Cost:     a second pair of thin products
+Cost:     a second pair of thin products; while it is measured, C of all layers
+Deviates from the authors' code: that leaves C its size, which says how large B_0 is beside A_0, and nothing else.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,8 @@ Shapes:   as LoRA, and magnitude m (d_out,); convolution: the norm runs over all
 Init:     as LoRA, m = c; y starts as the base
 Merge:    W <- m / c * (W + scaling * B A), the bias stays
 Cost:     the norms of all rows of W + s B A
+Deviates from the authors' code: dropout falls on the input of B A alone, where theirs, and HF PEFT's, drops the same
+          features of (m / c - 1) W x too.
 """
 
 from dataclasses import dataclass

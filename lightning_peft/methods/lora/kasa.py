@@ -27,7 +27,7 @@ from lightning_peft.adapters.low_rank import LowRankConv, dense, difference
 from lightning_peft.engine import Adapter, Kind, Layer, Target, TargetError, Training, register
 from lightning_peft.engine.limits import NonNegative
 from lightning_peft.methods.lora.lora import LoRA
-from lightning_peft.parts.spectrum import distance_from_orthonormal, svd
+from lightning_peft.parts.spectrum import orthonormality, svd
 
 
 class Denoised(Diagonal):
@@ -101,12 +101,18 @@ class KaSA(LoRA):
     beta: NonNegative = 1e-4
     gamma: NonNegative = 1e-3
 
+    def rank(self, target: Target) -> int:
+        """The rank of the update; a lowered one leaves something of the weight."""
+        r = super().rank(target)
+        return max(1, min(r, min(target.d_in, target.d_out) - 1)) if self.clip_rank else r
+
     def adapter(self, target: Target) -> Adapter:
         """A product on a weight of which something is left."""
         if self.rank(target) == min(target.d_in, target.d_out):
             raise TargetError(
                 f"KaSA: r={self.rank(target)} takes everything out of {target.name!r} ({target.d_out} x "
-                f"{target.d_in}). Lower r, give the layer its own in rank_pattern, or name it in exclude_modules."
+                f"{target.d_in}). Lower r, give the layer its own in rank_pattern, set clip_rank=True, or name it in "
+                "exclude_modules."
             )
         return super().adapter(target)
 
@@ -116,11 +122,7 @@ class KaSA(LoRA):
         found = {}
         if self.beta and adapters:
             found["singular_values"] = self.beta * torch.stack([a.lora_z.square().sum() for a in adapters]).mean()
-        if self.gamma and adapters:
-            factors = [factor for a in adapters for factor in (a.lora_A, a.lora_B.T)]
-            distances = torch.stack([distance_from_orthonormal(factor) for factor in factors])
-            found["orthonormality"] = self.gamma * distances.sum() / len(adapters)
-        return found
+        return found | orthonormality(training, 2 * self.gamma)  # which is the mean over both factors of each layer
 
     def num_trainable(self, target: Target) -> int:
         """r * (d_in + d_out + 1)."""

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 
 from lightning_peft.adapters.low_rank import MeasuredStart
-from lightning_peft.engine import Adapter, Calibration, Kind, TargetError, register
-from lightning_peft.engine.limits import Positive
+from lightning_peft.engine import Adapter, Calibration, Kind, Target, TargetError, register
+from lightning_peft.engine.limits import Count, Positive
 from lightning_peft.methods.lora.pissa import PiSSA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -51,17 +51,22 @@ class LoRAGA(PiSSA):
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": MeasuredStart}
     calibrated: ClassVar[bool] = True
 
-    r: int = 8
+    r: Count = 8
     alpha: Positive | None = 16.0
     gamma: Positive = 16.0
 
-    def adapter(self, target: Any) -> Adapter:
+    def rank(self, target: Target) -> int:
+        """The rank of the update; each factor needs as many directions of its own."""
+        r = super().rank(target)
+        return max(1, min(r, min(target.d_in, target.d_out) // 2)) if self.clip_rank else r
+
+    def adapter(self, target: Target) -> Adapter:
         """The product, if there are as many directions as it needs."""
         needed = 2 * self.rank(target)
         if needed > min(target.d_in, target.d_out):
             raise TargetError(
                 f"LoRAGA: {target.name!r} ({target.d_out} x {target.d_in}) has fewer than 2 r = {needed} "
-                "directions. Lower r, or give it its own in rank_pattern."
+                "directions. Lower r, give it its own in rank_pattern, or set clip_rank=True."
             )
         return super().adapter(target)
 

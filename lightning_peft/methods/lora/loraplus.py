@@ -6,7 +6,8 @@ Shapes:   as LoRA
 Init:     as LoRA; y starts as the base
 Merge:    as LoRA
 Schedule: the ratio holds at every step, under any scheduler of the user's
-Deviates from the paper: in an embedding the factor that starts at zero is lora_A, so that one gets the higher rate.
+Deviates from the authors' code: in an embedding the factor that starts at zero is lora_A, so that one gets the higher
+          rate; theirs gives both factors a rate of their own, 1e-6.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
 from lightning_peft.engine import Adapter, Kind, Layer, Target, Training, register
-from lightning_peft.engine.limits import Count, NonNegative
+from lightning_peft.engine.limits import Count, NonNegative, Positive
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -31,7 +31,7 @@ class PEGO(LoRA):
 
     Args:
         n: products in the group.
-        weight: of the penalty.
+        weight: of the penalty; 0 switches it off.
         r: rank of each of them; trainable numbers per layer: n * r * (d_in + d_out).
         alpha: numerator of s = alpha / (n * r), which is 1 by default.
         dropout: see `LoRA`; so for the arguments that follow it.
@@ -55,8 +55,8 @@ class PEGO(LoRA):
 
     n: Count = 4
     weight: NonNegative = 1e-3
-    r: int = 4
-    alpha: float | None = None
+    r: Count = 4
+    alpha: Positive | None = None
 
     def rank(self, target: Target) -> int:
         """The rank of the whole group: n * r."""
@@ -67,7 +67,9 @@ class PEGO(LoRA):
 
     def penalties(self, training: Training) -> dict[str, Tensor]:
         """Both overlaps, over all layers."""
-        found = [(Layer(module, a.site).weight, a) for _, module, a in training.adapters() if isinstance(a, LowRank)]
+        found = [(Layer(module, a.site).weight, a) for _, module, a in training.adapters()]
+        if not self.weight or not found:
+            return {}
         return {
             "preserve": self.weight * torch.stack([self.overlap_with(weight, a) for weight, a in found]).sum(),
             "diversify": self.weight * torch.stack([self.overlap_within(a) for _, a in found]).sum(),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.low_rank import Recentred, RecentredConv
 from lightning_peft.engine import Adapter, Kind, Target, register
-from lightning_peft.engine.limits import WholeNumber
+from lightning_peft.engine.limits import Count, Positive, WholeNumber
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -50,8 +50,8 @@ class PiSSA(LoRA):
     paper: ClassVar[str] = "arXiv:2404.02948"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Recentred, "conv": RecentredConv}
 
-    r: int = 16
-    alpha: float | None = None
+    r: Count = 16
+    alpha: Positive | None = None
     niter: WholeNumber | None = None
 
     def adapter(self, target: Target) -> Adapter:

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 
 from lightning_peft.adapters.core import Core, CoreConv
 from lightning_peft.engine import Adapter, Kind, Target, register
+from lightning_peft.engine.limits import Count, Positive
 from lightning_peft.methods.lora.lora import LoRA
 
 
@@ -39,8 +40,8 @@ class StructuredLoRA(LoRA):
     paper: ClassVar[str] = "arXiv:2502.14482"
     adapter_types: ClassVar[dict[Kind, type[Adapter]]] = {"linear": Core, "conv": CoreConv}
 
-    r: int = 16
-    alpha: float | None = None
+    r: Count = 16
+    alpha: Positive | None = None
 
     def num_trainable(self, target: Target) -> int:
         """r * (d_in + d_out + r)."""

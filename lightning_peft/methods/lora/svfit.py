@@ -1,6 +1,6 @@
 """SVFit: train the leading singular values of a weight, and nothing else.
 
-Paper:    "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values", 2024,
+Paper:    Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values", 2024,
           arXiv:2409.05926.
 Formula:  y = W x + b + s U_r diag(z - sigma_r) V_r^T dropout(x)
 Shapes:   lora_z, start_z (r,), lora_A (r, d_in), lora_B (d_out, r), of which lora_z alone is trained;

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_peft.adapters.low_rank import LowRank, LowRankConv
 from lightning_peft.engine import Adapter, AdapterError, Kind, Target, check_range, register
+from lightning_peft.engine.limits import Count
 from lightning_peft.methods.lora.lora import LoRA
 from lightning_peft.parts.nf4 import NF4Tensor
 
@@ -60,7 +61,7 @@ class QLoRA(LoRA):
     identity_at_init: ClassVar[bool] = False
     changes_base: ClassVar[bool] = True
 
-    r: int = 64
+    r: Count = 64
     block_size: int = 64
     double_quant: bool = True
 

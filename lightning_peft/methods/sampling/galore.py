@@ -73,9 +73,14 @@ class GaLore(Method):
         """Every parameter of the base."""
         return select_parameters(model, "all-layers", who=type(self).__name__)
 
+    def due(self, training: Training) -> bool:
+        """Whether it is time for new directions, or was in a step whose gradients were not finite."""
+        missed = any(adapter.missed and adapter.coordinates.requires_grad for _, adapter, _ in projected(training))
+        return missed or training.step % self.update_proj_gap == 0
+
     def on_train_batch_start(self, training: Training) -> None:
         """Ask for the full gradients if new directions are due."""
-        due = training.step % self.update_proj_gap == 0
+        due = self.due(training)
         if training.is_new(due):
             for weight, _, _ in projected(training):
                 weight.requires_grad_(due)
@@ -85,7 +90,8 @@ class GaLore(Method):
         for weight, adapter, transposed in projected(training):
             if weight.grad is not None:
                 gradient = weight.grad.T if transposed else weight.grad
-                if gradient.isfinite().all():  # else the loss scaler passes over this step
+                adapter.missed = not gradient.isfinite().all()  # then the loss scaler passes over this step
+                if not adapter.missed:
                     adapter.turn_to(gradient)
                 weight.grad = None
 

@@ -5,7 +5,7 @@ Paper:    Yao et al., "Layer-wise Importance Matters: Less Memory for Better Per
 Formula:  each step: n_layers blocks drawn with chances softmax(I);
           every interval_steps steps: for n_subsets random subsets S of n_layers blocks, the adapters outside of S
           act with factor beta; r_S = exp(-loss_S) - mean over S;  I_l <- I_l + mu * r_S for l in S
-Shapes:   I (number of blocks,)
+Shapes:   I (number of blocks in which the other method trains something,)
 Init:     I = 0; adapters as the other method makes them
 Merge:    as the other method
 Schedule: the importances are measured on the coming batch, without gradients
@@ -13,14 +13,23 @@ Cost:     every `interval_steps` steps, `n_subsets` forwards
 Deviates from the paper: it publishes no code; sign, centring and the defaults of the constants are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine import HostedMethod, Method, Training, check_range, get_method, register
+from lightning_peft.engine import (
+    HostedMethod,
+    Method,
+    Target,
+    TargetError,
+    Training,
+    check_range,
+    get_method,
+    register,
+)
 from lightning_peft.engine.limits import Count, NonNegative, Patterns
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
@@ -37,7 +46,7 @@ class IST(HostedMethod):
 
     Args:
         method: whose adapters, or its registry name; low-rank ones by default.
-        n_layers: blocks whose adapters train in a step; a quarter of all by default.
+        n_layers: blocks whose adapters train in a step; by default a quarter of those that have some.
         interval_steps: optimizer steps between two measurements of importance.
         n_subsets: subsets of blocks that are tried in a measurement, a forward pass each.
         beta: factor of the adapters outside of a subset while it is tried; 1 measures nothing.
@@ -47,7 +56,7 @@ class IST(HostedMethod):
 
     Raises:
         AdapterError: an argument is out of range, or the loop offers no loss to measure with.
-        TargetError: no blocks are found, or fewer than ``n_layers``, or ``method`` finds nothing.
+        TargetError: no blocks are found, or fewer than ``n_layers``, or ``method`` puts no adapter into one.
 
     >>> from torch import nn
     >>> from lightning_peft import inject
@@ -72,27 +81,39 @@ class IST(HostedMethod):
         super().__post_init__()
         check_range("IST", "beta", self.beta, 0 <= self.beta <= 1, "a number in [0, 1]")
 
-    def n_chosen(self, model: nn.Module) -> int:
-        """Blocks of ``model`` whose adapters train in a step."""
-        blocks = blocks_to_draw(model, self.blocks, self.n_layers or 1, who="IST")
+    def n_chosen(self, blocks: Collection[str]) -> int:
+        """How many of ``blocks`` train in a step."""
         return self.n_layers or max(1, len(blocks) // 4)
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """Those of the other method, some of them in the blocks."""
+        found, blocks = super().targets(model), find_blocks(model, self.blocks, who="IST")
+        if not any(is_below(target.name, block) for target in found for block in blocks):
+            raise TargetError(
+                f"IST: {type(self.host).__name__} puts no adapter into any of {blocks[0]} to {blocks[-1]}, so there is "
+                "no importance to measure. Choose another method or other target_modules, name the blocks in blocks=, "
+                "or train blocks as they are with LISA."
+            )
+        return found
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The importances."""
-        self.n_chosen(model)
-        return super().initial_state(model) | {
-            "importance": torch.zeros(len(find_blocks(model, self.blocks)), dtype=torch.float64)
-        }
+        trained = [*(target.name for target in self.host.targets(model)), *self.host.trained_in_place(model)]
+        blocks = self._blocks(model, trained)
+        return super().initial_state(model) | {"importance": torch.zeros(len(blocks), dtype=torch.float64)}
 
     def on_train_batch_start(self, training: Training) -> None:
         """Measure the importances where it is time to, and choose the blocks of this step."""
         super().on_train_batch_start(training)
-        importance, blocks = training.state["importance"], find_blocks(training.model, self.blocks)
-        k = self.n_chosen(training.model)
+        importance, blocks = training.state["importance"], self._blocks(training.model, training.parameters())
+        k = self.n_chosen(blocks)
         if training.step % self.interval_steps == 0 and training.step:
             importance += self.mu * self._rewards(training, blocks, k)
         chosen = draw(importance.softmax(0).clamp_min(1e-12), k, self.seed, training.step)
         let_blocks_train(training, blocks, chosen, "keep")
+
+    def _blocks(self, model: nn.Module, trained: Collection[str]) -> list[str]:
+        return blocks_to_draw(model, self.blocks, self.n_layers or 1, "IST", trained)
 
     def _rewards(self, training: Training, blocks: Sequence[str], k: int) -> Tensor:
         index = 1_000_000 + training.step * self.n_subsets  # other draws than those of the steps

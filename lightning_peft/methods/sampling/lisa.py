@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from lightning_peft.engine import Method, Training, register, select_parameters
-from lightning_peft.engine.limits import Patterns
+from lightning_peft.engine.limits import Count, Patterns
 from lightning_peft.parts.blocks import find_blocks
-from lightning_peft.parts.switching import Moments, blocks_to_draw, check_sampling, draw, let_blocks_train
+from lightning_peft.parts.switching import Moments, blocks_to_draw, draw, let_blocks_train
 
 
 @register("lisa")
@@ -56,14 +56,11 @@ class LISA(Method):
     keeps_base: ClassVar[bool] = False
     switches: ClassVar[bool] = True
 
-    n_layers: int = 2
-    interval_steps: int = 20
+    n_layers: Count = 2
+    interval_steps: Count = 20
     blocks: Patterns | None = None
     state_policy: Moments = "reset"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_sampling("LISA", self.n_layers, self.interval_steps, self.state_policy)
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """Every parameter of the base: over time all blocks have their turn."""

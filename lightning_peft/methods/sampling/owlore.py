@@ -13,7 +13,6 @@ Schedule: D is measured on the first batch; directions are taken anew when block
 Example:  {"n_layers": 2}
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.projected import projected
-from lightning_peft.engine import Target, TargetError, Training, register
-from lightning_peft.engine.limits import Patterns
+from lightning_peft.engine import Calibration, Target, TargetError, Training, register
+from lightning_peft.engine.limits import Count, Patterns, Positive
 from lightning_peft.engine.targets import is_below
 from lightning_peft.methods.sampling.galore import GaLore
 from lightning_peft.parts.blocks import find_blocks
-from lightning_peft.parts.switching import Moments, blocks_to_draw, check_sampling, draw, let_blocks_train
+from lightning_peft.parts.switching import Moments, blocks_to_draw, draw, let_blocks_train
 
 
 @register("owlore")
@@ -57,18 +56,14 @@ class OwLore(GaLore):
 
     paper: ClassVar[str] = "arXiv:2405.18380"
 
-    r: int = 256
-    update_proj_gap: int = 100
-    n_layers: int = 5
-    interval_steps: int = 50
-    outlier_threshold: float = 13.0
+    r: Count = 256
+    update_proj_gap: Count = 100
+    n_layers: Count = 5
+    interval_steps: Count = 50
+    outlier_threshold: Positive = 13.0
     blocks: Patterns | None = None
     state_policy: Moments = "reset"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sampling("OwLore", self.n_layers, self.interval_steps, self.state_policy)
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The chosen layers inside of blocks."""
@@ -88,7 +83,7 @@ class OwLore(GaLore):
         if not chances.any():
             chances.copy_(training.average(self._outlier_shares(training, blocks)) + 1e-12)
         period, begun = divmod(training.step, self.interval_steps)
-        due = begun == 0 or training.step % self.update_proj_gap == 0
+        due = begun == 0 or self.due(training)
         if training.is_new((period, due)):
             drawn = draw(chances, self.n_layers, self.seed, period)
             let_blocks_train(training, blocks, drawn, self.state_policy)
@@ -98,18 +93,14 @@ class OwLore(GaLore):
     def _outlier_shares(self, training: Training, blocks: list[str]) -> Tensor:
         squares: dict[nn.Module, Tensor] = {}
 
-        def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            flat = inputs[0].detach().flatten(0, -2).float()
-            squares[module] = squares.get(module, 0) + flat.square().sum(0)
+        def observe(module: nn.Module, x: Tensor) -> None:
+            squares[module] = squares.get(module, 0) + x.square().sum(0)
 
-        adapted = [(name, module, adapter) for name, module, adapter in training.adapters()]
-        with ExitStack() as hooks:
-            for _, module, _ in adapted:
-                hooks.enter_context(module.register_forward_pre_hook(observe))
-            training.batch_loss()
+        batch: list[Any] = [training.batch_loss]
+        Calibration(training.model, training.name, batch).observe_inputs(observe)
         shares = []
         for block in blocks:
-            inside = [(module, adapter) for name, module, adapter in adapted if is_below(name, block)]
+            inside = [(module, adapter) for name, module, adapter in training.adapters() if is_below(name, block)]
             scores = [_scores(adapter.site.get(module)[0], squares.get(module)) for module, adapter in inside]
             count = max(1, sum(s.numel() for s in scores))
             threshold = self.outlier_threshold * sum(s.sum() for s in scores) / count

@@ -22,7 +22,8 @@ from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 
 Level = Literal["category", "layer", "model"]
-_CATEGORY = re.compile(r"(?P<norm>norm|ln_?\d|layernorm)|(?P<attention>att|query|key|value|[qkvo]_proj)", re.IGNORECASE)
+_NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"att|query|key|value|[qkvo]_proj", re.IGNORECASE)
 
 
 @register("hft")
@@ -94,5 +95,6 @@ class HFT(Method):
 
 
 def _category(layer: str) -> str:
-    found = _CATEGORY.search(layer)
-    return "feed-forward" if found is None else str(found.lastgroup)
+    if _NORM.search(layer.rpartition(".")[2]):  # first: "post_attention_layernorm"
+        return "norm"
+    return "attention" if _ATTENTION.search(layer) else "feed-forward"

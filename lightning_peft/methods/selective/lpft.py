@@ -74,8 +74,9 @@ class LPFT(HostedMethod):
             let_train(training, head if probing else training.parameters())
         if not probing and not tuned:
             tuned.fill_(1)
-            for optimizer in training.optimizers:
-                optimizer.state.clear()
+            for parameter in training.parameters().values():
+                for optimizer in training.optimizers:
+                    optimizer.state.pop(parameter, None)
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
