@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.engine import slots
-from lightning_peft.engine.codes import can_train, first_and_last, linear_size
+from lightning_peft.engine.codes import can_train, first_and_last, holds_codes, linear_size
 from lightning_peft.engine.errors import AdapterError, TargetError, joined, nearest
 from lightning_peft.engine.method import Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
@@ -327,7 +327,8 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
                 "and let one act at a time."
             )
     for name in names:
-        if not can_train(model.get_parameter(name)):
+        owner, _, own = name.rpartition(".")
+        if not can_train(model.get_parameter(name)) or holds_codes(model.get_submodule(owner), own):
             raise TargetError(
                 f"{who}: {name!r} is kept in few bits, which no gradient can change. Leave it out (exclude_modules, "
                 "modules_to_save), or train an adapter on it."
