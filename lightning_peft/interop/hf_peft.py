@@ -18,8 +18,8 @@ from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.adapters.prompts import Tokens
 from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
+from lightning_peft.engine.method import METHOD_STATE
 from lightning_peft.engine.slots import plain_name
-from lightning_peft.engine.state import METHOD_STATE
 from lightning_peft.interop import hf_delta, hf_prompts, hfpeft
 from lightning_peft.interop.hf_format import (
     LORA_KNOWN,
