@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -24,8 +24,32 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lightning_peft import LISA, AdapterError, LoRA, inject, load_adapter, merge, save_adapter, unload
-from lightning_peft.engine import adapters_of, inputs_require_grad, notify
+from lightning_peft import (
+    EVA,
+    IST,
+    LISA,
+    LPFT,
+    AdaLoRA,
+    AdapterError,
+    GaLore,
+    LoRA,
+    OwLore,
+    SaRA,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unload,
+)
+from lightning_peft.engine import (
+    Method,
+    adapter_state,
+    adapters_of,
+    calibrate,
+    inputs_require_grad,
+    load_adapter_state,
+    notify,
+)
 from tests.engine.quantised_layers import Int8Linear, quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*lr_scheduler.step")
@@ -55,6 +79,12 @@ def lines() -> list[dict[str, Any]]:
     kept = [line for line in found if line.isascii() and line.startswith(("def ", "return "))][:64]
     bytes_of = [list(line.encode()[:16].ljust(16)) for line in kept]
     return [{"input_ids": torch.tensor(b), "labels": int(chr(b[0]) == "d")} for b in bytes_of]
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    eight = lines()[step * 8 % 64 :][:8]
+    ids, labels = [line["input_ids"] for line in eight], [line["labels"] for line in eight]
+    return {"input_ids": torch.stack(ids), "labels": torch.tensor(labels)}
 
 
 def arguments(folder: Path, **others: Any) -> TrainingArguments:
@@ -156,14 +186,18 @@ def test_the_trainer_takes_a_quantised_model_with_adapters(tmp_path: Path) -> No
 class Notify(TrainerCallback):
     """Tells a method what happens, as the docs show it."""
 
+    def tell(self, event: Any, state: Any, model: Any, optimizer: Any) -> None:
+        now = {"step": state.global_step, "epoch": int(state.epoch), "total_steps": state.max_steps}
+        notify(model, event, optimizer, **now, loss=lambda: model(**batch(0)).loss)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
-        notify(model, "on_train_batch_start", optimizer, step=state.global_step)
+        self.tell("on_train_batch_start", state, model, optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
-        notify(model, "on_before_optimizer_step", optimizer, step=state.global_step)
+        self.tell("on_before_optimizer_step", state, model, optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
-        notify(model, "on_after_optimizer_step", optimizer, step=state.global_step)
+        self.tell("on_after_optimizer_step", state, model, optimizer)
 
 
 def test_a_method_that_acts_in_steps_is_told_of_them_by_a_callback(tmp_path: Path) -> None:
@@ -178,6 +212,83 @@ def test_a_method_that_acts_in_steps_is_told_of_them_by_a_callback(tmp_path: Pat
     Trainer(model, settings, train_dataset=lines(), callbacks=[Notify(), Watch()]).train()
     assert {sum(trains) for trains in seen} == {1}
     assert len(set(seen)) == 2, "the block that trains changes"
+
+
+# what each of them has measured or begun by step 10 of 12 decides what the last steps do
+OF_STEPS: list[Method] = [
+    AdaLoRA(r=4, target_r=1, tinit=2, tfinal=1, deltaT=3, target_modules=("query", "value")),
+    LISA(n_layers=1, interval_steps=4),
+    GaLore(r=4, update_proj_gap=4, target_modules="query"),
+    OwLore(n_layers=1, interval_steps=3, r=4, update_proj_gap=4, outlier_threshold=1.5),
+    IST(method=LoRA(r=2), n_layers=1, interval_steps=3),
+    LPFT(lp_epochs=1),
+    SaRA(reselect=0.5),
+]
+
+
+@pytest.mark.parametrize("method", OF_STEPS, ids=lambda m: m.name)
+def test_what_a_method_keeps_comes_back_under_the_trainer(method: Method, tmp_path: Path) -> None:
+    def fit(out: str, resume: bool) -> dict[str, Tensor]:
+        model = inject(base(), method)
+        settings = arguments(tmp_path / out, save_steps=10)
+        Trainer(model, settings, train_dataset=lines(), callbacks=[Notify()]).train(resume_from_checkpoint=resume)
+        return {key: value.detach().clone() for key, value in adapter_state(model).items()}
+
+    whole = fit("a", resume=False)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "checkpoint-10").rename(tmp_path / "b" / "checkpoint-10")
+    assert_same(fit("b", resume=True), whole)
+
+
+def test_a_measured_start_that_changed_the_ranks_is_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    model = inject(base(), EVA(r=4))
+    calibrate(model, [lambda: model(**batch(0)).loss])
+    assert len({len(adapter.lora_A) for _, _, adapter in adapters_of(model)}) > 1
+    settings = arguments(tmp_path, save_steps=10)
+    Trainer(model, settings, train_dataset=lines(), callbacks=[Notify()]).train()
+    again = load_adapter(base(), tmp_path / "checkpoint-10")
+    resumed = Trainer(again, settings, train_dataset=lines(), callbacks=[Notify()])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert_same(dict(adapter_state(again)), dict(adapter_state(model)))
+
+
+def test_a_person_saves_a_model_in_which_there_are_no_adapters(tmp_path: Path) -> None:
+    model = inject(base(), LPFT())
+    model.save_pretrained(tmp_path / "x")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "x")
+    assert_same(again.state_dict(), model.state_dict())
+    method = IST(method=LoRA(r=2), n_layers=1)
+    for _ in range(2):
+        inject(model, method, name="second")
+        with pytest.raises(AdapterError, match=r"merge\(model\) first"):
+            model.save_pretrained(tmp_path / "y")
+
+
+@pytest.mark.parametrize("method", OF_STEPS, ids=lambda m: m.name)
+def test_what_a_method_keeps_comes_back_in_a_plain_loop(method: Method, tmp_path: Path) -> None:
+    def fit(first: int, last: int, resume: bool) -> dict[str, Tensor]:
+        model = inject(base(), method)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        if resume:
+            load_adapter_state(model, load_file(tmp_path / "adapter.safetensors"))
+            optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+        for step in range(first, last):
+            now = {"step": step, "epoch": step // 8, "total_steps": 12}
+            inputs = batch(step)
+            notify(model, "on_train_batch_start", optimizer, **now, loss=lambda inputs=inputs: model(**inputs).loss)
+            model(**inputs).loss.backward()
+            notify(model, "on_before_optimizer_step", optimizer, **now)
+            optimizer.step()
+            notify(model, "on_after_optimizer_step", optimizer, **now)
+            optimizer.zero_grad()
+        state = {key: value.detach().clone() for key, value in adapter_state(model).items()}
+        save_file(state, tmp_path / "adapter.safetensors")
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        return state
+
+    whole = fit(0, 12, resume=False)
+    fit(0, 10, resume=False)
+    assert_same(fit(10, 12, resume=True), whole)
 
 
 def test_a_loop_of_plain_torch(tmp_path: Path) -> None:

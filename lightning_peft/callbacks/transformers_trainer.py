@@ -2,7 +2,8 @@
 
 It calls ``save_pretrained`` for each checkpoint, and loads ``model.safetensors`` of the folder, without asking that all
 keys be there, to resume or to go back to the best step. So that file holds what is trained, under the keys that it has
-in the model, and nothing of the frozen base. Beside it lie the adapters as `save_adapter` writes them.
+in the model, what methods keep beside it, and nothing of the frozen base. Beside it lie the adapters as `save_adapter`
+writes them.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_peft.callbacks.checkpoints import base_tensors
-from lightning_peft.engine.inject import SavePretrained, record_of
+from lightning_peft.engine.inject import SavePretrained, method_states, record_of
 from lightning_peft.interop.files import replacing, save_adapter
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,7 @@ def write_checkpoint(model: nn.Module, folder: str | Path) -> None:
         save_adapter(model, folder if name == "default" else folder / name, name)
     folder.mkdir(parents=True, exist_ok=True)
     base = base_tensors(model)
-    trained = {key: value for key, value in model.state_dict().items() if key not in base}
+    trained = {key: value for key, value in model.state_dict().items() if key not in base} | method_states(model)
     with replacing(folder / WEIGHTS) as file:
         contiguous = {key: value.detach().cpu().contiguous().clone() for key, value in trained.items()}
         save_file(contiguous, file, metadata={"format": "pt"})

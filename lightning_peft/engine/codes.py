@@ -20,6 +20,17 @@ def is_code(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or is_foreign(tensor)
 
 
+def holds_codes(module: nn.Module, name: str) -> bool:
+    """Whether the parameter ``name`` of ``module`` is in codes: by `is_code`, or as a column where a matrix belongs.
+
+    bitsandbytes stores its bytes as floating point numbers if it is told to, so that they can be sharded with others.
+    """
+    tensor = module._parameters.get(name)
+    if tensor is None or is_code(tensor):
+        return tensor is not None
+    return isinstance(module, nn.Linear) and name == "weight" and module.in_features > 1 and tensor.shape[1:] == (1,)
+
+
 def is_foreign(tensor: Tensor) -> bool:
     """Whether the class of ``tensor`` is of another library, and does not answer as an ordinary tensor would."""
     own = inspect.getattr_static(type(tensor), "__torch_dispatch__") is not _NO_DISPATCH
@@ -40,9 +51,10 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     It is known by its ``in_features``, ``out_features`` and codes: few libraries make it a subclass of ``nn.Linear``.
     """
     size = tuple(getattr(module, f"{end}_features", None) for end in ("out", "in"))
-    if not all(isinstance(features, int) for features in size) or not any(map(is_code, own_tensors(module))):
+    if not all(isinstance(features, int) for features in size):
         return None
-    return size  # type: ignore[return-value]
+    coded = any(map(is_code, own_tensors(module))) or holds_codes(module, "weight")
+    return size if coded else None  # type: ignore[return-value]
 
 
 def own_tensors(module: nn.Module) -> Iterable[Tensor]:
@@ -66,7 +78,8 @@ def first_and_last(tensor: Tensor) -> Tensor:
 def answers_in(module: Any) -> tuple[torch.dtype, torch.device]:
     """Dtype and device in which a module computes, whatever it is made of: as its own tensors say, or those inside."""
     there = [*own_tensors(module), *module.parameters(), *module.buffers()]
-    floating = [t.dtype for t in there if t.is_floating_point() and t.dtype.itemsize > 1]
+    codes = {id(p) for name, p in module.named_parameters(recurse=False) if holds_codes(module, name)}
+    floating = [t.dtype for t in there if t.is_floating_point() and t.dtype.itemsize > 1 and id(t) not in codes]
     dtype = getattr(module, "compute_dtype", None) or next(iter(floating), torch.float32)
     return dtype, there[0].device if there else torch.device("cpu")
 

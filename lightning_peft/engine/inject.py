@@ -10,12 +10,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from lightning_peft.engine import slots
-from lightning_peft.engine.codes import can_train, first_and_last, linear_size
+from lightning_peft.engine.codes import can_train, first_and_last, holds_codes, linear_size
 from lightning_peft.engine.errors import AdapterError, TargetError, joined, nearest
-from lightning_peft.engine.method import Method
+from lightning_peft.engine.method import METHOD_STATE, Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
 from lightning_peft.engine.slots import Adapter, Layer, adapters_of
 from lightning_peft.engine.targets import Target
@@ -57,6 +58,7 @@ class Record:
         samples: base parameter -> the values that tell one base from another, where they have to be remembered: of
             what is sharded, or in codes of another library.
         routed: whether the samples of a batch have adapters of their own at present.
+        giving_back: the hook by which ``load_state_dict`` reads `method_states`, if there are any.
     """
 
     injections: dict[str, Injection] = dataclasses.field(default_factory=dict)
@@ -65,6 +67,7 @@ class Record:
     merged: Any = None
     samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     routed: bool = False
+    giving_back: RemovableHandle | None = None
 
 
 def record_of(model: nn.Module, create: bool = False) -> Record:
@@ -80,6 +83,13 @@ def record_of(model: nn.Module, create: bool = False) -> Record:
             raise AdapterError(f"{slots.base_class(model).__name__} has no adapters. {fix}")
         model.__dict__["_peft"] = Record()
     return model.__dict__["_peft"]
+
+
+def forget(model: nn.Module) -> None:
+    """Take the record off ``model``."""
+    record = model.__dict__.pop("_peft")
+    if record.giving_back is not None:
+        record.giving_back.remove()
 
 
 def has_record(model: nn.Module) -> bool:
@@ -126,6 +136,9 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     # nothing may fail from here on
     record = record_of(model, create=True)
     injection = record.injections.setdefault(name, Injection(method, state=state))
+    if state and record.giving_back is None:
+        record.giving_back = model.register_load_state_dict_pre_hook(_give_back)
+    _let_loops_save(model)
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         slots.occupy(target.module, name, adapter)
         _connect(model, target.owner, target.module, adapter, reading)
@@ -213,6 +226,7 @@ def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
 
 def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[str]) -> None:
     """The inverse of `detach`; the adapters of the names in ``active`` act."""
+    _let_loops_save(model)
     for path, adapters in held.items():
         module = model.get_submodule(path)
         alike: dict[tuple[slots.Site, bool], Adapter] = {}  # the same modules read or call for all of a kind
@@ -225,6 +239,22 @@ def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[st
         refuse_to_save(model, path)
 
 
+def method_states(model: nn.Module) -> dict[str, Tensor]:
+    """Key -> tensor of what methods keep beside their adapters; ``model.load_state_dict`` reads these keys, too.
+
+    ``state_dict`` itself does not hold it: whoever shards a model looks up each of its keys among the parameters.
+    """
+    injections = record_of(model).injections.items()
+    return {f"{METHOD_STATE}.{name}.{key}": value for name, i in injections for key, value in i.state.items()}
+
+
+def _give_back(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key, tensor in method_states(model).items():
+        value = state_dict.pop(prefix + key, None)
+        if value is not None:
+            tensor.copy_(value)
+
+
 _ADAPTERS_INSIDE = (
     "save_pretrained would write the base and adapters that from_pretrained passes over. merge(model) first, or write "
     "the adapters with save_adapter(model, folder)."
@@ -234,22 +264,32 @@ _ADAPTERS_INSIDE = (
 class SavePretrained:
     """In the place of ``save_pretrained`` of a model of which it would write what nobody reads.
 
-    A person is told what to do. A training loop (the Trainer of transformers, accelerate), which says which process
-    writes, gets a checkpoint of what is trained from ``write_checkpoint(model, folder)``, if there is one.
+    A person is told what to do, ``because`` something stands in the way. A training loop (the Trainer of transformers,
+    accelerate), which says which process writes, gets a checkpoint of what is trained from
+    ``write_checkpoint(model, folder)``, if there is one.
     """
 
     write_checkpoint: ClassVar[Callable[[nn.Module, Any], None] | None] = None
 
-    def __init__(self, model: nn.Module, because: str) -> None:
+    def __init__(self, model: Any, because: str | None) -> None:
         self.model, self.because = model, because
 
     def __call__(self, save_directory: Any = None, **kwargs: Any) -> None:
         write = type(self).write_checkpoint
         adapted = has_record(self.model) and record_of(self.model).merged is None
         if "is_main_process" not in kwargs or write is None or not adapted:
-            raise AdapterError(self.because)
-        if kwargs["is_main_process"]:
+            if self.because is not None:
+                raise AdapterError(self.because)
+            type(self.model).save_pretrained(self.model, save_directory, **kwargs)
+        elif kwargs["is_main_process"]:
             write(self.model, save_directory)
+
+
+def _let_loops_save(model: Any) -> None:
+    """Let checkpoints of training loops hold `method_states`, also where no adapter keeps ``save_pretrained`` away."""
+    saves = callable(getattr(type(model), "save_pretrained", None)) and "save_pretrained" not in vars(model)
+    if saves and method_states(model):
+        model.__dict__["save_pretrained"] = SavePretrained(model, None)
 
 
 def refuse_to_save(model: nn.Module, path: str, because: str = _ADAPTERS_INSIDE) -> None:
@@ -327,7 +367,8 @@ def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
                 "and let one act at a time."
             )
     for name in names:
-        if not can_train(model.get_parameter(name)):
+        owner, _, own = name.rpartition(".")
+        if not can_train(model.get_parameter(name)) or holds_codes(model.get_submodule(owner), own):
             raise TargetError(
                 f"{who}: {name!r} is kept in few bits, which no gradient can change. Leave it out (exclude_modules, "
                 "modules_to_save), or train an adapter on it."

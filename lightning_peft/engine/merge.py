@@ -18,6 +18,7 @@ from lightning_peft.engine.inject import (
     check_known,
     check_not_routed,
     detach,
+    forget,
     owners_of,
     record_of,
     refuse_to_save,
@@ -108,7 +109,7 @@ def merge(model: ModelT, *, keep_base: bool = True, dequantize: bool = False) ->
         parameter.requires_grad_(parameter.requires_grad or (name in record.trainable and can_train(parameter)))
     record.merged = Merged(adapters, coded, kept, active, frozen)
     if not keep_base:
-        del model.__dict__["_peft"]
+        forget(model)
     return model
 
 
@@ -180,7 +181,7 @@ def unload(model: ModelT, name: str | None = None) -> ModelT:
                 buffer.copy_(record.buffers[key])
     for key, base in model.named_parameters():
         base.requires_grad_(key in record.trainable and can_train(base))
-    del model.__dict__["_peft"]
+    forget(model)
     return model
 
 

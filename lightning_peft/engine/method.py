@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Modality = Literal["vision", "text", "diffusion"]
 
+METHOD_STATE = "method_state"  # the keys of what a method keeps beside its adapters begin with it
+
 
 class Method(ABC):
     """One fine-tuning recipe. Subclasses are frozen keyword-only dataclasses that state only what their paper changes.

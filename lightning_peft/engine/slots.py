@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.codes import answers_in, decoded, is_code, linear_size
+from lightning_peft.engine.codes import answers_in, decoded, holds_codes, linear_size
 from lightning_peft.engine.errors import AdapterError, MergeError
 
 TensorT = TypeVar("TensorT", bound=Tensor)
@@ -309,8 +309,7 @@ def in_codes(module: nn.Module, site: Site) -> bool:
     """Whether another library quantised the weight, so that only the forward of its layer can read its values."""
     if not site.weight:
         return site.kind != "module"
-    weight = module._parameters[site.weight]
-    return weight is not None and is_code(weight)
+    return holds_codes(module, site.weight)
 
 
 def in_codes_because(module: nn.Module, site: Site) -> str:

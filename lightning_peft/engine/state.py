@@ -12,9 +12,8 @@ from lightning_peft.engine import slots
 from lightning_peft.engine.codes import first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
 from lightning_peft.engine.inject import check_known, record_of
+from lightning_peft.engine.method import METHOD_STATE
 from lightning_peft.engine.slots import Adapter, adapters_of
-
-METHOD_STATE = "method_state"  # the keys of what a method keeps beside its adapters begin with it
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

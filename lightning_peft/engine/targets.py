@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_peft.engine.codes import answers_in, is_code, linear_size
+from lightning_peft.engine.codes import answers_in, holds_codes, linear_size
 from lightning_peft.engine.errors import TargetError, nearest
 from lightning_peft.engine.slots import Kind, Site, base_class, in_codes, plain_name
 from lightning_peft.engine.slots import base_modules as base_modules
@@ -87,8 +87,7 @@ def _has_own_forward(cls: type[nn.Module], known: type[nn.Module], module: nn.Mo
     # a subclass may do more to its weight than the known class (standardise it, say): a delta added to its output
     # would then differ from a delta merged into its weight, so the adapter acts through the weight
     own = cls.forward is not known.forward
-    weight = module._parameters["weight"]
-    return own and weight is not None and not is_code(weight)
+    return own and module._parameters["weight"] is not None and not holds_codes(module, "weight")
 
 
 def candidates(model: nn.Module) -> list[Target]:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from lightning_peft.adapters.low_rank import LowRank, dense, truncated
 from lightning_peft.engine import Adapter, AdapterFileError, Site, Target
+from lightning_peft.engine.method import METHOD_STATE
 from lightning_peft.engine.slots import base_modules, base_parameters, in_codes, in_codes_because, plain_name
-from lightning_peft.engine.state import METHOD_STATE
 from lightning_peft.engine.targets import candidates
 from lightning_peft.methods import LoRA
 from lightning_peft.parts.spectrum import leading_svd

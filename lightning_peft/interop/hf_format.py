@@ -197,12 +197,18 @@ def own_values(values: Mapping[str, V], default: V) -> dict[str, V]:
 def read_alphas(config: Mapping[str, Any], names: Iterable[str], setting: str = "lora_alpha") -> dict[str, float]:
     """Name of each adapted module -> its alpha."""
 
-    def alpha(name: str) -> Any:
-        patterns = config.get("alpha_pattern") or {}
-        hits = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
-        return hits[0] if hits else config.get(setting, 8)
+    own = {name: selected(config.get("alpha_pattern") or {}, name) for name in names}
+    return {name: config.get(setting, 8) if alpha is None else alpha for name, alpha in own.items()}
 
-    return {name: alpha(name) for name in names}
+
+def selected(patterns: Mapping[str, V], name: str) -> V | None:
+    """The value of the first pattern of HF PEFT that selects ``name``."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def ends_of(names: Iterable[str]) -> set[str]:
+    """All that dotted ``names`` end in, themselves among it: a file may be for a model inside of another."""
+    return {name[match.end() :] for name in names for match in re.finditer(r"^|\.", name)}
 
 
 def ranks_and_alphas(

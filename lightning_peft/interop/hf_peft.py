@@ -18,8 +18,9 @@ from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.adapters.prompts import Tokens
 from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
+from lightning_peft.engine.method import METHOD_STATE
 from lightning_peft.engine.slots import plain_name
-from lightning_peft.engine.state import METHOD_STATE
+from lightning_peft.engine.targets import candidates
 from lightning_peft.interop import hf_delta, hf_experts, hf_prompts, hfpeft
 from lightning_peft.interop.hf_format import (
     LORA_KNOWN,
@@ -32,11 +33,13 @@ from lightning_peft.interop.hf_format import (
     Row,
     State,
     Unread,
+    ends_of,
     own_values,
     ranks_and_alphas,
     read_alphas,
     target_of,
 )
+from lightning_peft.interop.renamed import new_names, under_new_names
 from lightning_peft.methods import EVA, IA3, PEGO, DoRA, FFALoRA, LoRA, LoRAGGPO, LoRAPlus, LoRAPro, PiSSA
 from lightning_peft.parts.spectrum import svd
 
@@ -88,6 +91,15 @@ def method_from_peft(
             found.setdefault(match["module"] or "", {})[match["name"]] = value
         elif not key.endswith(".base_layer.weight"):  # an embedding that was adapted, as it is in the base
             others[key.replace(".base_layer.", ".")] = value
+    if row.prefix == PREFIX:  # it adapts layers
+        now = new_names(model, (*found, *(key.removeprefix(PREFIX) for key in others)))
+        because = _no_layer_now(model, now, found)
+        if because and config["peft_type"] == "LORA":  # which HF PEFT fuses as transformers does the weights
+            return hfpeft.method_from(config, model, because), dict(tensors)
+        if because:
+            raise AdapterFileError(f"{because} Merge it with the version of transformers that it was made with.")
+        if now:
+            config, found, others = under_new_names(now, config, found, others)
     try:
         method, found = row.read(config, found, _trained_whole(others, row), model)  # type: ignore[misc]  # it was checked
     except KeyError as missing:
@@ -96,6 +108,15 @@ def method_from_peft(
         ) from None
     parts = {f"{row.prefix}{module}.{name}": t for module, named in found.items() for name, t in named.items()}
     return method, {key.lstrip("."): value for key, value in parts.items()} | others
+
+
+def _no_layer_now(model: nn.Module, now: Mapping[str, str], modules: Iterable[str]) -> str | None:
+    """What has become of the first of ``modules`` that is ``now`` something else than a layer, as a sentence."""
+    layers = ends_of(target.name for target in candidates(model)) if now else set()
+    for name in modules:
+        if name in now and now[name] not in layers:
+            return f"the file adapts {name!r}, which is no layer in this version of transformers, but in {now[name]!r}."
+    return None
 
 
 def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:

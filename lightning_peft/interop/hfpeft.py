@@ -455,6 +455,7 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
     before = {key: value.detach().clone() for key, value in state.items()}
     try:
         with _tuned(adapters_of(model, name)) as tuned:
+            tensors = _converted(tuned, tensors)
             missing = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tensors.keys()
             told: Any = set_peft_model_state_dict(tuned, dict(tensors), NAME)
         refuse({"missing": sorted(missing), "unexpected": list(told.unexpected_keys)}, "what HF PEFT expects")
@@ -467,3 +468,12 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
         with torch.no_grad():
             for key, value in before.items():
                 state[key].copy_(value)
+
+
+def _converted(tuned: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` for the modules of today, where transformers has fused or renamed some since."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # of an earlier peft
+        return dict(tensors)
+    return convert_peft_adapter_state_dict_for_transformers(tuned, tuned.peft_config[NAME], dict(tensors), NAME)

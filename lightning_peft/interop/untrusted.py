@@ -14,6 +14,7 @@ from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.slots import base_class, base_parameters, plain_name
 from lightning_peft.engine.targets import as_patterns, base_modules
 from lightning_peft.interop import hf_peft
+from lightning_peft.interop.hf_format import ends_of
 from lightning_peft.interop.patterns import check_pattern
 
 
@@ -52,7 +53,7 @@ def check_places(tensors: dict[str, Tensor], source: str) -> None:
 def check_names(method: Method, model: nn.Module, source: str) -> None:
     """Raise an `AdapterFileError` if a name of ``method``, which a file gave, is none in ``model``."""
     names = {plain_name(name) for name in (*dict(base_modules(model)), *base_parameters(model))}
-    ends = {name[match.end() :] for name in names for match in re.finditer(r"^|\.", name)}
+    ends = ends_of(names)
     exact = {f"^{re.escape(name)}" for name in names}
     for field in ("target_modules", "modules_to_save"):
         for name in as_patterns(getattr(method, field, None)):

@@ -38,6 +38,13 @@ class FlatLinear(Int8Linear):
         return (self.weight.view(self.out_features, self.in_features).float() - 127) / 127 * self.absmax
 
 
+class ColumnLinear(FlatLinear):
+    """As of bitsandbytes in 4 bits with ``quant_storage``: a column of what look like ordinary numbers."""
+
+    def codes(self, unit: Tensor) -> Tensor:
+        return super().codes(unit).to(torch.bfloat16)
+
+
 class Float8Linear(Int8Linear):
     """As of block-wise fp8: floating point numbers of one byte, whose scale lies beside them."""
 
@@ -128,7 +135,7 @@ class AbstractLinear(Mixin, Int8Linear):
     """As of quanto: a layer that is below an abstract class."""
 
 
-KINDS: list[Any] = [Int8Linear, FlatLinear, Float8Linear, NamelessLinear, Swapped, AbstractLinear]
+KINDS: list[Any] = [Int8Linear, FlatLinear, ColumnLinear, Float8Linear, NamelessLinear, Swapped, AbstractLinear]
 
 
 def quantised(model: nn.Module, kind: Any) -> nn.Module:

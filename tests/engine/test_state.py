@@ -1,13 +1,14 @@
 """The state of an adapter is all that it has changed, and nothing of the base."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import LinearProbe, LoRA, inject, merge, set_active
+from lightning_peft import IST, LinearProbe, LoRA, inject, merge, set_active, unload
 from lightning_peft.engine import AdapterError, AdapterFileError
 from lightning_peft.engine.state import adapter_state, fingerprint, load_adapter_state
 from tests.methods.backbones import assert_unchanged, moved, snapshot, tiny, trainable
@@ -50,6 +51,27 @@ def test_running_statistics_are_loaded() -> None:
     model.train()(torch.randn(5, 3))
     load_adapter_state(fresh, adapter_state(model))
     assert torch.equal(fresh[1].running_var, model[1].running_var)
+
+
+def test_what_a_method_keeps_is_read_with_the_state_of_the_model_and_by_its_copies(tmp_path: Path) -> None:
+    method = IST(method=LoRA(r=2), n_layers=1, blocks=("q_proj", "v_proj"))
+    model = inject(tiny(), method)
+    state = model.state_dict()
+    assert not any("method_state" in key for key in state), "no parameter and no buffer"
+    told = {"method_state.default.importance": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)]
+    for one in copies:
+        one.load_state_dict(state | told)
+        assert adapter_state(one)["method_state.importance"].tolist() == [1.0, 2.0]
+        one.load_state_dict(state)
+        assert adapter_state(one)["method_state.importance"].tolist() == [1.0, 2.0], "nothing is told of it"
+    nn.ModuleDict({"net": model}).load_state_dict({f"net.{key}": value for key, value in (state | told).items()})
+    assert adapter_state(model)["method_state.importance"].tolist() == [1.0, 2.0]
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(state | {"method_state.other.importance": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        unload(model).load_state_dict(tiny().state_dict() | told)
 
 
 def test_what_was_trained_in_place_is_there_while_it_does_not_act() -> None:
