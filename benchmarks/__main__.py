@@ -1,4 +1,9 @@
-"""Runs every benchmark and prints one table: ours, HF PEFT's, the ratio, and the goal for it."""
+"""Runs every benchmark and prints one table: ours, HF PEFT's, the ratio, and the goal for it.
+
+``python -m benchmarks twins`` runs those that are named.
+"""
+
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +23,7 @@ from benchmarks import (
     packing,
     sampling_memory,
     spectral_start,
+    twins,
 )
 from benchmarks.report import hardware
 from benchmarks.row import Row
@@ -28,6 +34,7 @@ def main() -> None:
     small = (import_time, injection_time, forward_backward, callback_overhead)
     large = (
         fused_step,
+        twins,
         beside_peft,
         diffusion_step,
         spectral_start,
@@ -38,7 +45,11 @@ def main() -> None:
         many_adapters,
         lines_per_method,
     )
-    rows: list[Row] = [row for benchmark in (*small, *large) for row in benchmark.run()]
+    every = {benchmark.__name__.rpartition(".")[2]: benchmark for benchmark in (*small, *large)}
+    asked = sys.argv[1:] or list(every)
+    if unknown := [name for name in asked if name not in every]:
+        sys.exit(f"There is no benchmark {unknown[0]!r}: {', '.join(every)}.")
+    rows: list[Row] = [row for name in asked for row in every[name].run()]
     table = Table(title=hardware(), title_justify="left")
     for column in ("What", "Ours", "Beside it", "Ratio", "Goal"):
         table.add_column(column, justify="left" if column == "What" else "right")

@@ -58,7 +58,7 @@ def compared(what: str, base: nn.Module, blocks: str, loss: Loss, goals: tuple[s
     mine, his = copy.deepcopy(base).requires_grad_(False).train(), base.requires_grad_(False).train()
     ours = Side(mine, loss, by_us()(mine, adapters), fused)
     theirs = Side(his, loss, by_peft()(his, adapters), nullcontext)
-    _agree(what, ours.step(), theirs.step())
+    agree(what, ours.step(), theirs.step())
     sizes = ours.saved_bytes(), theirs.saved_bytes()
     times = alternate(ours.step, theirs.step, rounds=5, repeats=1)
     return [
@@ -67,7 +67,7 @@ def compared(what: str, base: nn.Module, blocks: str, loss: Loss, goals: tuple[s
     ]
 
 
-def _agree(what: str, mine: tuple[Tensor, Sequence[Tensor]], his: tuple[Tensor, Sequence[Tensor]]) -> None:
+def agree(what: str, mine: tuple[Tensor, Sequence[Tensor]], his: tuple[Tensor, Sequence[Tensor]]) -> None:
     """Raise unless losses agree, and gradients of all adapters."""
 
     def difference(a: Tensor, b: Tensor) -> float:

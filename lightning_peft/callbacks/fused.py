@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_peft import kernels
 from lightning_peft.engine.slots import is_sharded, is_slot
 from lightning_peft.engine.targets import output_head
+from lightning_peft.kernels.backend import runs_triton
 from lightning_peft.kernels.recipes import AttentionFollowed, leave
 
 Forward = Callable[..., Any]
@@ -28,7 +29,15 @@ WIDE = 4
 
 
 def _layer_norm(self: Any, x: Tensor) -> Tensor:
-    return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+    if runs_triton(x):
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+    # torch's own saves as little, in one pass
+    again = functools.partial(_own_layer_norm, self.eps)
+    return leave(again(x, self.weight, self.bias), again, x, self.weight, self.bias)
+
+
+def _own_layer_norm(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _rms_norm(self: Any, x: Tensor) -> Tensor:
@@ -126,17 +135,24 @@ _ROTATED = [f"transformers.models.{m.lower()}.modeling_{m.lower()}" for m in (*_
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[Counter[str]]:
-    """While it lasts, the modules of ``model`` that can be are computed by our operations; says how many of which."""
+    """While it lasts, the modules of ``model`` that can be are computed by our operations; says how many of which.
+
+    Where no kernel runs, only what keeps less for the backward pass is replaced: rotations and attentions, of which
+    plain PyTorch keeps as little there, stay as they are.
+    """
     replaced: Counter[str] = Counter()
+    kernels_run = any(runs_triton(p) for p in model.parameters())
     with ExitStack() as undo:
         for module, forward in _forwards(model):
             # an adapted norm, and one whose forward somebody replaced, stay as they are
-            if not is_slot(module) and "forward" not in module.__dict__:
+            left = forward is _followed and not kernels_run
+            if not (left or is_slot(module) or "forward" in module.__dict__):
                 module.__dict__["forward"] = MethodType(forward, module)
                 undo.callback(module.__dict__.pop, "forward", None)
                 replaced["logits" if forward is _head else type(module).__name__] += forward is not _followed
         # rotations are functions of a module of transformers, the same for all models of a family
-        for name in {type(module).__module__ for module in model.modules()}.intersection(_ROTATED):
+        rotated = {type(module).__module__ for module in model.modules()}.intersection(_ROTATED)
+        for name in rotated if kernels_run else ():
             family: Any = sys.modules[name]
             own = family.apply_rotary_pos_emb
             if not isinstance(own, functools.partial):

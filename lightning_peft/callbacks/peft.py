@@ -80,7 +80,8 @@ class PEFT(L.Callback):
         calibration_batches: batches of the training data on which methods that are calibrated measure their start.
         kernels: ``"auto"`` computes norms, gates, activations and rotations of known types, and the logits of a wide
             output head, by the operations of ``lightning_peft.kernels`` while training: they save less for the
-            backward pass, and the last digits differ. ``"off"`` leaves all as the model has it.
+            backward pass, and the last digits differ. Where no kernel runs, as on a CPU, only what saves less is
+            replaced: rotations stay. ``"off"`` leaves all as the model has it.
 
     Raises:
         TargetError: when the model is complete and the method finds nothing to adapt, or not all it was asked for.

@@ -8,7 +8,8 @@ CPU too, which is how their arithmetic is tested without an accelerator.
 import functools
 import importlib.util
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,6 +51,19 @@ def runs_triton(x: Tensor) -> bool:
         raise ValueError(f"{VARIABLE}=triton, and a tensor is on {x.device}. Move it, or set {VARIABLE}=auto.")
     there = asked == "interpret" or (asked != "torch" and HAS_TRITON and x.is_cuda)
     return there and x.dtype != torch.float64
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether the twin computes for ``x``, and nobody traces it."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (traced or runs_triton(x))
+
+
+def eager(forward: Callable[..., Any], setup: Callable[..., None], differentiate: Callable[..., Any]) -> Any:
+    """A twin with its derivative, for calls that `runs_eagerly`: to call it costs half of a registered operation."""
+    parts = {"forward": forward, "setup_context": setup, "backward": differentiate}
+    made: Any = type("Twin", (torch.autograd.Function,), {name: staticmethod(part) for name, part in parts.items()})
+    return made.apply
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -8,14 +8,21 @@ Backward:  dgate = dy up phi'(gate),  dup = dy phi(gate), both into new tensors.
 """
 
 import functools
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
+from lightning_peft.kernels.backend import (
+    HAS_TRITON,
+    OPTIONS,
+    accumulator,
+    eager,
+    refuse_second,
+    runs_eagerly,
+    runs_triton,
+)
 from lightning_peft.kernels.recipes import leave
 
 
@@ -60,16 +67,23 @@ def _gated(name: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
             f"{name}: gate and up must agree in shape and dtype, got {tuple(gate.shape)} {gate.dtype} and "
             f"{tuple(up.shape)} {up.dtype}. Both come from projections of one input; cast or expand the odd one."
         )
-    return leave(_forward(gate, up, activation), functools.partial(_forward, activation=activation), gate, up)
+    compute, again = (_eager, _twin) if runs_eagerly(gate) else (_forward, _forward)
+    return leave(compute(gate, up, activation), functools.partial(again, activation=activation), gate, up)
 
 
 @torch.library.custom_op("lightning_peft::gated", mutates_args=())
 def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if runs_triton(gate):
         return _launch_forward(gate, up, activation)
-    g = gate.to(accumulator(gate))
-    y = F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y.mul_(up).to(gate.dtype).contiguous()
+    return _twin(gate, up, activation)
+
+
+def _twin(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return _activated(gate.to(accumulator(gate)), activation).mul_(up).to(gate.dtype).contiguous()
+
+
+def _activated(g: Tensor, activation: str) -> Tensor:
+    return F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 @_forward.register_fake
@@ -83,18 +97,22 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(gate):
         return _launch_backward(dy, gate, up, activation, gate_trains, up_trains)
-    g = gate.to(accumulator(gate))
-    if activation == "silu":
-        p = torch.sigmoid(g)
-        slope = p * (1 + g * (1 - p)) if gate_trains else p
-    elif activation == "gelu_tanh":
-        p = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))
-        slope = p + 2 * g * p * (1 - p) * math.sqrt(2 / math.pi) * (1 + 0.134145 * g.square()) if gate_trains else p
-    else:
-        p = torch.special.ndtr(g)
-        slope = p + g * torch.exp(-0.5 * g.square()) / math.sqrt(2 * math.pi) if gate_trains else p
-    dgate = (slope * dy * up).to(gate.dtype).contiguous() if gate_trains else gate.new_empty(0)
-    dup = (g * p * dy).to(gate.dtype).contiguous() if up_trains else gate.new_empty(0)
+    return _twin_backward(dy, gate, up, activation, gate_trains, up_trains)
+
+
+def _twin_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, gate_trains: bool, up_trains: bool
+) -> tuple[Tensor, Tensor]:
+    g, dgate, dup = gate.to(accumulator(gate)), gate.new_empty(0), gate.new_empty(0)
+    if up_trains:
+        dup = _activated(g, activation).mul_(dy).to(gate.dtype).contiguous()
+    if gate_trains:
+        m = dy.to(g.dtype) * up
+        if activation == "silu":
+            m = torch.ops.aten.silu_backward(m, g)
+        else:
+            m = torch.ops.aten.gelu_backward(m, g, approximate="tanh" if activation == "gelu_tanh" else "none")
+        dgate = m.to(gate.dtype).contiguous()
     return dgate, dup
 
 
@@ -114,11 +132,13 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     refuse_second("swiglu" if ctx.activation == "silu" else "geglu")
     gate, up = ctx.saved_tensors
     gate_trains, up_trains = ctx.needs_input_grad[:2]
-    dgate, dup = _backward(dy, gate, up, ctx.activation, gate_trains, up_trains)
+    backward = _twin_backward if runs_eagerly(gate) else _backward
+    dgate, dup = backward(dy, gate, up, ctx.activation, gate_trains, up_trains)
     return dgate if gate_trains else None, dup if up_trains else None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+_eager = eager(_twin, _setup, _differentiate)
 
 
 if HAS_TRITON:

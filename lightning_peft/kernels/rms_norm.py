@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.backend import HAS_TRITON, OPTIONS, accumulator, refuse_second, runs_triton
+from lightning_peft.kernels.backend import (
+    HAS_TRITON,
+    OPTIONS,
+    accumulator,
+    eager,
+    refuse_second,
+    runs_eagerly,
+    runs_triton,
+)
 from lightning_peft.kernels.recipes import leave
 
 
@@ -33,21 +41,25 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.
         raise ValueError(
             f"rms_norm: weight must be ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(weight.shape)}."
         )
-    y, rho = _forward(x, weight, eps, offset)
+    y, rho = (_eager if runs_eagerly(x) else _forward)(x, weight, eps, offset)
     return leave(y, functools.partial(_again, offset), x, weight, rho)
 
 
 def _again(offset: float, x: Tensor, weight: Tensor | None, rho: Tensor) -> Tensor:
-    y = x.to(rho.dtype) * rho[..., None]
-    return (y if weight is None else y * (offset + weight.to(y.dtype))).to(x.dtype)
+    y = x * rho[..., None]
+    return (y if weight is None else y.mul_(offset + weight.to(y.dtype))).to(x.dtype)
 
 
 @torch.library.custom_op("lightning_peft::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     if runs_triton(x):
         return _launch_forward(x, weight, eps, offset)
-    wide = x.to(accumulator(x))
-    rho = (wide.square().mean(-1) + eps).rsqrt()
+    return _twin(x, weight, eps, offset)
+
+
+def _twin(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x))  # in one pass, without x^2 in memory
+    rho = (norm.square_() / x.shape[-1] + eps).rsqrt_()
     return _again(offset, x, weight, rho).contiguous(), rho
 
 
@@ -62,11 +74,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(x):
         return _launch_backward(dy, x, weight, rho, offset, weight_trains)
-    xhat, m = x.to(rho.dtype) * rho[..., None], dy.to(rho.dtype)
-    dw = (m * xhat).flatten(0, -2).sum(0) if weight_trains else rho.new_empty(0)
+    return _twin_backward(dy, x, weight, rho, offset, weight_trains)
+
+
+def _twin_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rho: Tensor, offset: float, weight_trains: bool
+) -> tuple[Tensor, Tensor]:
+    m, wide, rho = dy.to(rho.dtype), x.to(rho.dtype), rho[..., None]
+    dw = (m * wide).mul_(rho).flatten(0, -2).sum(0) if weight_trains else rho.new_empty(0)
     if weight is not None:
         m = m * (offset + weight.to(m.dtype))
-    dx = rho[..., None] * (m - xhat * (m * xhat).mean(-1, keepdim=True))
+    share = (m * wide).mean(-1, keepdim=True) * rho * rho.square()  # in this order: rho^3 could overflow
+    dx = (m * rho).addcmul_(wide, share, value=-1)
     return dx.to(x.dtype).contiguous(), dw
 
 
@@ -87,11 +106,13 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     refuse_second("rms_norm")
     x, weight, rho = ctx.saved_tensors
     weight_trains = weight is not None and ctx.needs_input_grad[1]
-    dx, dw = _backward(dy, x, weight, rho, ctx.offset, weight_trains)
+    backward = _twin_backward if runs_eagerly(x) else _backward
+    dx, dw = backward(dy, x, weight, rho, ctx.offset, weight_trains)
     return dx, dw.to(weight.dtype) if weight_trains else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+_eager = eager(_twin, _setup, _differentiate)
 
 
 if HAS_TRITON:

@@ -57,19 +57,22 @@ def _rotate(
     if runs_triton(q):
         return _launch(q, k, cos, sin, transposed, q_wanted, k_wanted)
     half = cos.shape[-1] // 2
-    c1, c2 = cos.to(accumulator(q))[:, None].tensor_split(2, -1)
-    s1, s2 = sin.to(accumulator(q))[:, None].tensor_split(2, -1)
+    c, s = (each.to(accumulator(q))[:, None] for each in (cos, sin))
+    s1, s2 = s.tensor_split(2, -1)
     if transposed:
         s1, s2 = -s2, -s1
 
     def turned(x: Tensor, wanted: bool) -> Tensor:
         if not wanted:
             return x.new_empty(0)
-        y = x.clone(memory_format=torch.contiguous_format)
-        x1, x2 = x[..., :half], x[..., half : 2 * half]
-        y[..., :half] = x1 * c1 - x2 * s1
-        y[..., half : 2 * half] = x2 * c2 + x1 * s2
-        return y
+        y = x.new_empty(x.shape, dtype=c.dtype)
+        wide = x.to(c.dtype)
+        x1, x2 = wide[..., :half], wide[..., half : 2 * half]
+        torch.mul(wide[..., : 2 * half], c, out=y[..., : 2 * half])
+        y[..., :half].addcmul_(x2, s1, value=-1)
+        y[..., half : 2 * half].addcmul_(x1, s2)
+        y[..., 2 * half :] = wide[..., 2 * half :]
+        return y.to(x.dtype)
 
     return turned(q, q_wanted), turned(k, k_wanted)
 

@@ -113,9 +113,17 @@ class Plain(nn.Sequential):
         super().__init__(nn.Linear(32, 32), activation, nn.Linear(32, 5))
 
 
+def as_if_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is changed as it is where kernels run; here their twins compute."""
+    monkeypatch.setattr("lightning_peft.callbacks.fused.runs_triton", lambda x: True)
+
+
+@pytest.mark.parametrize("where", ["with kernels", "without"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_is_the_same_and_saves_less(name: str) -> None:
+def test_a_step_is_the_same_and_saves_less(name: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    if where == "with kernels":
+        as_if_kernels_ran(monkeypatch)
     build, make_input, expected = MODELS[name]
     model, x = inject(build(), LoRA(r=2)).train(), make_input()
     for parameter, p in model.named_parameters():
@@ -197,7 +205,41 @@ def test_a_head_that_must_compute_its_logits_does(why: str) -> None:
         assert type(model(input_ids=tokens()).logits) is Tensor
 
 
-def test_the_projection_behind_an_attention_saves_no_input() -> None:
+def test_where_no_kernel_runs_what_saves_nothing_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    family: Any = sys.modules["transformers.models.llama.modeling_llama"]
+    own, model, ids = family.apply_rotary_pos_emb, inject(llama(), LoRA(r=2)).train(), tokens()
+    with fused(model):
+        assert family.apply_rotary_pos_emb is own
+        replaced = {type(module).__name__ for module in model.modules() if "forward" in module.__dict__}
+        assert replaced == {"LlamaRMSNorm", "LlamaMLP", "Linear"}  # the last is the head
+        kept = step(model, ids)[2]
+    as_if_kernels_ran(monkeypatch)
+    with fused(model):
+        assert family.apply_rotary_pos_emb is not own
+        everything = step(model, ids)[2]
+    assert kept < 1.02 * everything
+
+
+def test_where_no_kernel_runs_a_layer_norm_is_torch_s_own_and_is_made_again() -> None:
+    norm, x = nn.LayerNorm(32), (1 + 3 * torch.randn(2, 7, 32)).requires_grad_()
+    upstream = torch.randn(2, 7, 32)
+    own = norm(x)
+    wanted = torch.autograd.grad(own, (x, *norm.parameters()), upstream)
+    with fused(norm) as replaced:
+        y = norm(x)
+        assert replaced == {"LayerNorm": 1}
+        assert torch.equal(y, own)
+        assert torch.equal(y.recipe.make(*y.recipe.inputs), own)
+        found = torch.autograd.grad(y, (x, *norm.parameters()), upstream)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        for given in (x, x.bfloat16()):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = norm(given)
+            assert torch.equal(y.recipe.make(*y.recipe.inputs), y)  # which happens without autocast
+
+
+def test_the_projection_behind_an_attention_saves_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_if_kernels_ran(monkeypatch)
     model, inputs = inject(llama(), LoRA(r=2)).train(), []
     for name, module in model.named_modules():
         if name.endswith("o_proj"):
@@ -219,7 +261,8 @@ def test_the_projection_behind_an_attention_saves_no_input() -> None:
     loss.backward()
 
 
-def test_rotations_are_given_back() -> None:
+def test_rotations_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_if_kernels_ran(monkeypatch)
     family: Any = sys.modules["transformers.models.llama.modeling_llama"]
     own = family.apply_rotary_pos_emb
     one, other = llama(), llama()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.kernels import geglu, swiglu
-from lightning_peft.kernels.gates import _forward
+from lightning_peft.kernels.gates import _eager, _forward
 from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
 
 Gate = Callable[[Tensor, Tensor], Tensor]
@@ -109,6 +109,17 @@ def test_wrong_arguments_are_named() -> None:
         geglu(x, x.double())
     with pytest.raises(ValueError, match=r"approximate must be 'tanh' or 'none', got 'erf'"):
         geglu(x, x, approximate="erf")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernel rounds in another order")
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_the_twin_called_by_itself_is_the_operation(activation: str) -> None:
+    gate, up, upstream = (torch.randn(3, 8, device="cpu") for _ in range(3))
+    inputs = (gate.requires_grad_(), up.requires_grad_())
+    ours, registered = (f(*inputs, activation) for f in (_eager, _forward))
+    assert torch.equal(ours, registered)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (ours, registered)), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself

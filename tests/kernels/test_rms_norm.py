@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.kernels import rms_norm
-from lightning_peft.kernels.rms_norm import _forward
+from lightning_peft.kernels.rms_norm import _eager, _forward
 from tests.kernels.rule import INTERPRETED, check, every_dtype, upstreams
 
 
@@ -53,6 +53,16 @@ def test_properties() -> None:
     torch.testing.assert_close(rms_norm(5 * x, w, 0.0), rms_norm(x, w, 0.0))
     dx = torch.autograd.grad(rms_norm(x, w, 0.0), x, torch.randn(6, 32))[0]
     assert (dx * x).sum(-1).abs().max() < 1e-4  # rescaling a row changes nothing
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernel rounds in another order")
+def test_the_twin_called_by_itself_is_the_operation() -> None:
+    x, weight, upstream = (torch.randn(shape, device="cpu") for shape in ((3, 8), (8,), (3, 8)))
+    inputs = (x.requires_grad_(), weight.requires_grad_(), 1e-6, 0.5)
+    ours, registered = (f(*inputs)[0] for f in (_eager, _forward))
+    assert torch.equal(ours, registered)
+    for one, other in zip(*(torch.autograd.grad(y, inputs[:2], upstream) for y in (ours, registered)), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
