@@ -134,7 +134,7 @@ def _as_peft(
     if folder is None:
         return facts, facts, state
     try:
-        config, tensors = hf_peft.to_peft(inner, method, found, state)
+        config, tensors = hf_peft.to_peft(inner, method, found, state, prefix)
         facts["layout"] = "peft"
     except AdapterFileError as reason:
         config, tensors = facts, state
@@ -242,9 +242,11 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         inject(target, method, name)
     try:
         with told_by(folder):
-            inner, prefix = (target, "") if places else _unwrapped(target, adapter_state(target, name))
+            state = adapter_state(target, name)
+            inner, prefix = (target, "") if places else _unwrapped(target, state)
             is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
-            ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
+            live = {key.removeprefix(prefix): value for key, value in state.items()}
+            ours = hf_peft.from_peft(adapters_of(inner, name), live, tensors, prefix) if is_peft else tensors
             if facts and not allow_other_base:
                 there = facts.get("base") or {}
                 for part, place in places.items():

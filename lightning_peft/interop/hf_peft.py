@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_peft.adapters.low_rank import LowRank, LowRankEmbedding
 from lightning_peft.adapters.prompts import Tokens
 from lightning_peft.adapters.rescaling import Rescaling
-from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
+from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.state import METHOD_STATE
 from lightning_peft.interop import hf_delta, hf_prompts, hfpeft
@@ -98,15 +98,17 @@ def method_from_peft(
     return method, {key.lstrip("."): value for key, value in parts.items()} | others
 
 
-def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors as HF PEFT writes them.
+def to_peft(
+    model: nn.Module, method: Method, found: Found, state: State, prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors as HF PEFT writes them, of a ``model`` that lies below ``prefix`` of what was adapted.
 
     Raises:
         NoCounterpart: HF PEFT does not know this method.
         AdapterFileError: it cannot express what the method did here.
     """
     if isinstance(method, hfpeft.HFPEFT):
-        return hfpeft.to_peft(found)
+        return hfpeft.to_peft(found, prefix)
     while isinstance(method, HostedMethod):  # what it injects is the other's
         method = method.host
     if type(method) not in CONFIGS:
@@ -143,17 +145,20 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
     return config | row.write(method, found, model, state), tensors  # type: ignore[misc]  # it has a method
 
 
-def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our keys and in our shapes, for the adapter ``name`` that was injected into ``model``."""
-    found = adapters_of(model, name)
+def from_peft(found: Found, state: State, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors under our keys and in our shapes.
+
+    Args:
+        found: the adapters that they are for, in a model below ``prefix`` of what was adapted.
+        state: the live tensors of these.
+        tensors: of the file.
+        prefix: see above.
+    """
     if found and isinstance(found[0][2], hfpeft.HFPEFTAdapter):
-        return hfpeft.from_peft(model, name, tensors)
+        return hfpeft.from_peft(found, state, tensors, prefix)
     prompt = any(isinstance(adapter, Tokens) for _, _, adapter in found)
     prefix = "base_model." if prompt else PREFIX
     left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}
-    state = {
-        adapter.site.prefix(path) + key: t for path, _, adapter in found for key, t in adapter.state_dict().items()
-    }
     ours: dict[str, Tensor] = {}
     for key, place in places(found).items():
         value = left.pop(place.key, left.pop(f"{place.key}.weight", None))

@@ -385,6 +385,58 @@ def test_a_config_runs_in_the_callback_and_resumes(tmp_path: Path) -> None:
     assert not torch.allclose(theirs(ids), mixed()(ids), atol=1e-3)
 
 
+class Beside(Module):
+    """The same with a layer beside the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("cls", [Module, Beside])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(oft_block_size=0, r=1, target_modules=["q_proj"], modules_to_save=["head"]),
+        peft.VeraConfig(r=2, target_modules=["q_proj"]),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1, 4]}),
+    ],
+    ids=["oft", "vera", "tokens"],
+)
+def test_files_go_between_a_lightning_module_and_the_network_in_it(config: Any, cls: Any, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 4, 9, 0, 2]])
+    theirs = moved(get_peft_model(mixed(), copy.deepcopy(config))).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    module = load_adapter(cls(), tmp_path / "theirs")
+    torch.testing.assert_close(module.net(ids), theirs(ids), rtol=2e-5, atol=2e-5)
+    save_adapter(module, tmp_path / "ours")
+    again = PeftModel.from_pretrained(mixed(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(ids), theirs(ids), rtol=2e-5, atol=2e-5)
+    assert torch.equal(load_adapter(mixed(), tmp_path / "ours")(ids), module.net(ids))
+    assert torch.equal(load_adapter(cls(), tmp_path / "ours").net(ids), module.net(ids))
+
+
+@pytest.mark.parametrize("part", ["", "q_proj"])
+def test_a_model_that_is_compiled_is_one_too(part: str, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 4, 9, 0, 2]])
+
+    def compiled() -> Any:
+        if not part:
+            return torch.compile(mixed(), backend="eager")
+        model: Any = mixed()
+        model.q_proj = torch.compile(model.q_proj, backend="eager")
+        return model
+
+    config = peft.OFTConfig(oft_block_size=0, r=1, target_modules=["q_proj", "head"])
+    model = moved(inject(compiled(), HFPEFT(config=config)))
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(mixed(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(ids), model(ids), rtol=2e-5, atol=2e-5)
+    assert not torch.allclose(theirs(ids), mixed()(ids), atol=1e-3)
+    assert torch.equal(load_adapter(compiled(), tmp_path)(ids), model(ids))
+    assert_unchanged(unload(model), snapshot(compiled()))
+
+
 class Two(L.LightningModule):
     """Two networks in one LightningModule."""
 
