@@ -447,10 +447,10 @@ def _exchange(parameter: Tensor, other: Tensor) -> None:
 def check_known(record: Record, names: Iterable[str]) -> None:
     """Raise an `AdapterError` for the first name that no adapter has."""
     for name in names:
-        if name not in record.injections:
+        if not isinstance(name, str) or name not in record.injections:
             there = ", ".join(record.injections)
             raise AdapterError(
-                f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there or 'none'}."
+                f"there is no adapter {name!r}.{nearest(str(name), record.injections)} There are: {there or 'none'}."
             )
 
 
