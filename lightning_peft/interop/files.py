@@ -246,7 +246,9 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
             inner, prefix = (target, "") if places else _unwrapped(target, state)
             is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
             live = {key.removeprefix(prefix): value for key, value in state.items()}
-            ours = hf_peft.from_peft(adapters_of(inner, name), live, tensors, prefix) if is_peft else tensors
+            ours = tensors
+            if is_peft:
+                ours = hf_peft.from_peft(inner, name, live, tensors, prefix, allow_other_base)
             if facts and not allow_other_base:
                 there = facts.get("base") or {}
                 for part, place in places.items():

@@ -218,6 +218,8 @@ class HFPEFTAdapter(Adapter):
             return f"{what} sits around a whole module."
         if slots.in_codes(self.__dict__["shadow"], self.site):
             return f"{slots.in_codes_because(self.__dict__['shadow'], self.site)} LoRA of lightning_peft merges there."
+        if what == "peft.tuners.oft.Conv2d" and self.layer.get_base_layer().kernel_size != (1, 1):  # type: ignore[operator]
+            return f"HF PEFT merges {what} into another function than it computes."
         never = isinstance(self.layer, BaseTunerLayer) and type(self.layer).merge is BaseTunerLayer.merge
         return f"HF PEFT does not merge {what}." if never else None
 
@@ -451,6 +453,21 @@ def to_peft(found: list[tuple[str, nn.Module, Adapter]], prefix: str) -> tuple[d
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
     inner = _inner(found, prefix)
     return config, {PREFIX + k.removeprefix(inner) if k.startswith(inner) else k: t for k, t in tensors.items()}
+
+
+def beside(found: list[tuple[str, nn.Module, Adapter]], tensors: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """Keys of ``tensors`` for which ``peft`` has a place in the base, and which are no part of the adapters ``found``.
+
+    It would write them there.
+    """
+    from peft import get_peft_model_state_dict
+
+    inner = _inner(found, prefix)
+    with _tuned(found) as tuned:
+        own = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()
+        base = tuned.state_dict().keys() - own
+    there = {key: inner + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key for key in tensors}
+    return {key for key, place in there.items() if place in base}
 
 
 def from_peft(

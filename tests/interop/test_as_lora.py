@@ -237,20 +237,28 @@ def test_weights_that_were_trained_in_place_become_lora_and_norms_go_along(activ
         torch.testing.assert_close(loaded(x), base)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.inner(self.embed(ids)).tanh())
+
+
+def build() -> nn.Module:
+    torch.manual_seed(1)
+    return Tied()
+
+
+def test_of_a_tie_that_was_trained_beside_an_adapter_both_ends_go_along(tmp_path: Path) -> None:
+    model = moved(inject(build(), DoRA(r=2, target_modules="inner", modules_to_save=("embed", "lm_head"))))
+    loaded, ids = load_adapter(build(), save_adapter(model, tmp_path, as_lora=6)), torch.arange(9)
+    torch.testing.assert_close(loaded(ids), model(ids), rtol=1e-5, atol=1e-6)
+
+
 def test_tied_weights_change_at_both_ends(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
-            self.lm_head.weight = self.embed.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.lm_head(self.embed(ids).tanh())
-
-    def build() -> nn.Module:
-        torch.manual_seed(1)
-        return Tied()
-
     class InPlace(LinearProbe):
         def trained_in_place(self, model: nn.Module) -> list[str]:
             return ["embed.weight", "lm_head.weight"]

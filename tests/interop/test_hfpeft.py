@@ -238,6 +238,39 @@ def test_layers_of_every_kind(config: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(merge(model)(ids), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_rotated_convolution_is_not_merged() -> None:
+    # HF PEFT rotates the channels of the input, and merges a rotation of channels and places
+    def image() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(4, 6, 3)).eval()
+
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["0"])
+    theirs, x = moved(get_peft_model(image(), config)).eval(), torch.randn(2, 4, 5, 5)
+    expected = theirs(x)
+    theirs.merge_adapter()
+    assert not torch.allclose(theirs(x), expected, atol=1e-2), f"mended in peft {peft.__version__}"
+    with pytest.raises(MergeError, match="HF PEFT merges peft.tuners.oft.Conv2d into another function"):
+        merge(moved(inject(image(), HFPEFT(config=config))))
+
+
+def test_a_base_that_a_file_brings_along_is_not_written_into_the_model(ids: Tensor, tmp_path: Path) -> None:
+    # HF PEFT puts embeddings that are in the file into the base
+    theirs = moved(get_peft_model(llama(), peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]))).eval()
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    loaded = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded, ids), logits(theirs, ids), rtol=2e-5, atol=2e-5)
+
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += 0.1
+    before = snapshot(model)
+    with pytest.raises(AdapterFileError, match=r"beside a 'model.embed_tokens.weight' \(31, 16\) of other values than"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    other = load_adapter(model, tmp_path, allow_other_base=True)
+    assert_unchanged(unload(other), before)
+
+
 class Experts(nn.Module):
     """A parameter of three axes, as mixtures of experts have."""
 
