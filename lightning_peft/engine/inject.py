@@ -308,12 +308,22 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     check_not_routed(record)
     existing = record.injections.get(name)
     if existing is not None and existing.method != method:
+        there, now = _apart(existing.method, method)
         raise AdapterError(
-            f"inject: the adapter name {name!r} is taken by {existing.method}; asked for now: {method}. "
+            f"inject: the adapter name {name!r} is taken by {there}; asked for now: {now}. "
             f"unload(model, {name!r}) first. Or take another name, and unload this one when the new one is there: so "
             "it stays if that fails."
         )
     return existing
+
+
+def _apart(one: Method, other: Method) -> tuple[str, str]:
+    """Both as text; of the same class without what is the same, such as a list of many layers."""
+    if type(one) is not type(other):
+        return str(one), str(other)
+    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]  # type: ignore[arg-type]
+    each = [", ".join(f"{name}={getattr(method, name)!r}" for name in names) for method in (one, other)]
+    return f"{type(one).__name__}({each[0]})", f"{type(one).__name__}({each[1]})"
 
 
 def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:

@@ -287,6 +287,11 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any] | None, dict[str, A
         if pickled:
             hint = f" {pickled[0].name} is a pickle, which can run code when it is read: convert it first, by"
             hint += without_code(pickled[0], path / TENSORS)
+        inside = sorted(p.parent.name for p in path.glob(f"*/{TENSORS}"))
+        if inside:
+            hint += f" There are adapters in folders of it: {', '.join(inside)}. Name one of them."
+        if not path.exists():
+            hint += " Nothing of that name is on this machine, and nothing is fetched from elsewhere."
         raise AdapterFileError(f"there is no {TENSORS} in {path}.{hint}")
     try:
         with safe_open(file, framework="pt") as opened:

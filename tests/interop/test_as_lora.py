@@ -65,6 +65,19 @@ def test_more_factors_than_directions_are_made_fewer(tmp_path: Path) -> None:
         torch.testing.assert_close(plain.delta(), ours.delta(), rtol=1e-5, atol=1e-6)
 
 
+def test_one_scaling_is_enough_to_read_it(tmp_path: Path) -> None:
+    """Servers read ``lora_alpha / r`` of the config, and pass over what single layers have."""
+    method = LoRA(r=2, rank_pattern={"v_proj": 3}, alpha_pattern={"q_proj": 1.0}, target_modules=("q_proj", "v_proj"))
+    model, x = moved(inject(tiny(), method)), torch.randn(3, 7)
+    save_adapter(model, tmp_path, as_lora=True)
+    _, config, tensors = read_adapter(tmp_path)
+    served = tiny()
+    for name in method.target_modules:
+        down, up = (tensors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        served.get_submodule(name).weight.data += config["lora_alpha"] / config["r"] * up @ down
+    torch.testing.assert_close(served(x), model(x))
+
+
 def test_a_plain_lora_stays_what_it_is(tmp_path: Path) -> None:
     plain = trained(LoRA(r=2))
     again = load_adapter(backbone("llama"), save_adapter(plain, tmp_path, as_lora=True))
