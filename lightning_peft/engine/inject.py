@@ -301,6 +301,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
             raise AdapterError(
                 f"inject: the submodule {inner!r} was adapted before. Inject into that one, or unload it first."
             )
+        check_unwrapped(model)
         return None
     record = record_of(model)
     if record.merged is not None:
@@ -315,6 +316,16 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
             "it stays if that fails."
         )
     return existing
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise an `AdapterError` if there is a model of HF PEFT in ``model``, whose factors are linear layers too."""
+    for path, module in model.named_modules():
+        if type(module).__module__ == "peft.peft_model":
+            raise AdapterError(
+                f"{path or 'the model'} is a {type(module).__name__} of HF PEFT. Take the model out of it with "
+                "merge_and_unload() or unload(); load_adapter reads what its save_pretrained wrote."
+            )
 
 
 def _apart(one: Method, other: Method) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from lightning_peft.interop.hf_format import (
     Row,
     State,
     Unread,
+    as_given,
     own_values,
     ranks_and_alphas,
     read_alphas,
@@ -60,7 +61,7 @@ def _triplet_places(path: str, module: Any, adapter: Any, found: Found) -> dict[
 
 
 def _alpha(adapter: Any) -> float:
-    return round(float(adapter.scaling) * len(adapter.lora_z), 6)
+    return as_given(float(adapter.scaling) * len(adapter.lora_z))
 
 
 def _write_adalora(method: AdaLoRA, found: Found, model: nn.Module, state: State) -> dict[str, Any]:

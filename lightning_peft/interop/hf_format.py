@@ -1,5 +1,6 @@
 """What one row of the table of HF PEFT's types says, and the patterns in which its configs name layers."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -237,6 +238,11 @@ def read_alphas(config: Mapping[str, Any], names: Iterable[str], setting: str = 
     return {name: alpha(name) for name in names}
 
 
+def as_given(value: float) -> float:
+    """What was rounded to single precision, as somebody may have written it: 0.1 and not 0.10000000149."""
+    return float(f"{value:.7g}")
+
+
 def ranks_and_alphas(
     method: Any, ranks: Mapping[str, int], scalings: Mapping[str, float], power: float = 1.0
 ) -> tuple[int, float, dict[str, int], dict[str, float]]:
@@ -248,11 +254,11 @@ def ranks_and_alphas(
         scalings: the same for alpha / rank^power.
         power: see above.
     """
-    alphas = {path: round(scaling * ranks[path] ** power, 6) for path, scaling in scalings.items()}
+    alphas = {path: as_given(scaling * ranks[path] ** power) for path, scaling in scalings.items()}
     alpha = method.r**power if method.alpha is None else method.alpha
     return (
         method.r,
         alpha,
         {exactly(path, ranks): rank for path, rank in ranks.items() if rank != method.r},
-        {exactly(path, ranks): a for path, a in alphas.items() if abs(a - alpha) > 1e-4},
+        {exactly(path, ranks): a for path, a in alphas.items() if not math.isclose(a, alpha, rel_tol=1e-6)},
     )

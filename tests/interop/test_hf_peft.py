@@ -34,7 +34,7 @@ from lightning_peft import (
     merge,
     save_adapter,
 )
-from lightning_peft.engine import AdapterFileError, adapters_of
+from lightning_peft.engine import AdapterError, AdapterFileError, adapters_of
 from lightning_peft.interop import hf_peft
 from tests.methods.backbones import assert_unchanged, moved, snapshot
 
@@ -161,6 +161,18 @@ def test_gradients_are_the_same(ours: Any, theirs: Any, ids: Tensor, tmp_path: P
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)  # another order of sums, in float32
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleDict({"inner": model})])
+def test_a_model_in_a_wrapper_of_hf_peft_is_refused(wrap: Any, tmp_path: Path) -> None:
+    theirs = hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(str(tmp_path))
+    before = snapshot(theirs)
+    for verb in (lambda: inject(wrap(theirs), LoRA(r=1)), lambda: load_adapter(wrap(theirs), tmp_path)):
+        with pytest.raises(AdapterError, match=r"^(the model|inner) is a PeftModel of HF PEFT.*merge_and_unload\(\)"):
+            verb()
+    assert_unchanged(theirs, before)
+    inject(theirs.unload(), LoRA(r=1))
+
+
 def test_an_ordinary_transformer_goes_both_ways(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -175,6 +187,20 @@ def test_an_ordinary_transformer_goes_both_ways(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
     loaded = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
     torch.testing.assert_close(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("alpha", [1e-7, 0.1, 1 / 3, 16.0])
+@pytest.mark.parametrize("method", [LoRA, LoHa, AdaLoRA], ids=lambda method: method.__name__)
+def test_a_scaling_of_any_size_is_written(method: Any, alpha: float, ids: Tensor, tmp_path: Path) -> None:
+    own = {} if method is AdaLoRA else {"alpha_pattern": {"fc2": 1.001 * alpha}}
+    model = moved(inject(net(), method(r=3, alpha=alpha, target_modules=("q_proj", "fc2"), **own)))
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(net(), str(tmp_path))
+    for name in ("q_proj", "fc2"):
+        scaling = float(model.get_submodule(name).adapters["default"].scaling)
+        there = theirs.base_model.model.get_submodule(name).scaling["default"]
+        there /= 3 if method is AdaLoRA else 1  # which divides by the rank when it is called
+        assert there == pytest.approx(scaling, rel=1e-6)
 
 
 def changed(folder: Path, change: dict[str, Any], drop: str = "") -> dict[str, Any]:
