@@ -6,6 +6,7 @@ its types. What HF PEFT has no place for (buffers of ours, say) stands in the fi
 over.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_peft.adapters.rescaling import Rescaling
 from lightning_peft.engine import Adapter, AdapterFileError, HostedMethod, Method, Target, adapters_of
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.state import METHOD_STATE
+from lightning_peft.engine.targets import candidates
 from lightning_peft.interop import hf_delta, hf_prompts, hfpeft
 from lightning_peft.interop.hf_format import (
     LORA_KNOWN,
@@ -107,8 +109,24 @@ def _method_of_ours(
         raise AdapterFileError(
             f"the file has no {missing.args[0]!r} of a layer that it adapts: it is damaged."
         ) from None
+    short = _also_others(found, model)
+    if short:
+        names: Any = [f"^{re.escape(name)}" if name in short else name for name in method.target_modules]  # type: ignore[attr-defined]
+        method = dataclasses.replace(method, target_modules=tuple(names))  # type: ignore[type-var]
     parts = {f"{row.prefix}{module}.{name}": t for module, named in found.items() for name, t in named.items()}
     return method, {key.lstrip("."): value for key, value in parts.items()} | others | brought
+
+
+def _also_others(found: Parts, model: nn.Module) -> set[str]:
+    """Those of the names of layers ``found`` that end the names of others, which are not in the file.
+
+    None of them inside of another model, whose names are longer.
+    """
+    there = {target.name for target in candidates(model)}
+    if not found.keys() <= there:
+        return set()
+    ends = {name[match.end() :] for name in there - found.keys() for match in re.finditer(r"\.", name)}
+    return ends & found.keys()
 
 
 def _is_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -200,7 +218,7 @@ def from_peft(
         return hfpeft.from_peft(found, state, tensors, prefix)
     prompt = any(isinstance(adapter, Tokens) for _, _, adapter in found)
     prefix = "base_model." if prompt else PREFIX
-    left = {key.removeprefix(prefix).replace(".base_layer.", "."): value for key, value in tensors.items()}
+    left = {key.removeprefix(prefix): value for key, value in tensors.items()}
     ours: dict[str, Tensor] = {}
     for key, place in places(found).items():
         value = left.pop(place.key, left.pop(f"{place.key}.weight", None))
@@ -208,7 +226,8 @@ def from_peft(
             value = value if place.factor == 1 else value / place.factor
             ours[key] = value.reshape(state[key].shape) if value.shape == place.shape else value
     # what stands under our own names is exact
-    return _once(model, state, ours | {key: value for key, value in left.items() if key not in _DERIVED})
+    exact = {key.replace(".base_layer.", "."): value for key, value in left.items() if key not in _DERIVED}
+    return _once(model, state, ours | exact)
 
 
 def _once(model: nn.Module, state: State, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

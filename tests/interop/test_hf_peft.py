@@ -373,6 +373,34 @@ def test_what_hf_peft_alone_computes_is_run_by_its_code(config: Any, tmp_path: P
     torch.testing.assert_close(PeftModel.from_pretrained(images(), str(tmp_path / "ours")).eval()(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules="q_proj", alpha_pattern={"^q_proj": 3}),  # one string is for the whole name
+        LoHaConfig(r=2, target_modules="q_proj"),
+        IA3Config(target_modules="q_proj", feedforward_modules=[]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_layer_whose_name_ends_that_of_another_is_adapted_alone(config: Any, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        inner = nn.Sequential(nn.Linear(4, 4))
+        inner.add_module("q_proj", nn.Linear(4, 3))
+        model = nn.Sequential()
+        model.add_module("q_proj", nn.Linear(5, 4))
+        model.add_module("block", inner)
+        return model.eval()
+
+    model, x = hf_moved(build(), config), torch.randn(2, 5)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    loaded = load_adapter(build(), tmp_path / "theirs")
+    torch.testing.assert_close(loaded(x), model(x))
+    assert [path for path, _, _ in adapters_of(loaded)] == ["q_proj"]
+    save_adapter(loaded, tmp_path / "ours")
+    assert torch.equal(load_adapter(build(), tmp_path / "ours")(x), loaded(x))
+
+
 def test_one_output_is_no_input(tmp_path: Path) -> None:
     model = hf_moved(images(), IA3Config(target_modules=["out"], feedforward_modules=[]))
     model.save_pretrained(str(tmp_path))
