@@ -111,7 +111,7 @@ def _method_of_ours(
         ) from None
     short = _also_others(found, model)
     if short:
-        names: Any = [f"^{re.escape(name)}" if name in short else name for name in method.target_modules]  # type: ignore[attr-defined]
+        names = (f"^{re.escape(name)}" if name in short else name for name in sorted(found))
         method = dataclasses.replace(method, target_modules=tuple(names))  # type: ignore[type-var]
     parts = {f"{row.prefix}{module}.{name}": t for module, named in found.items() for name, t in named.items()}
     return method, {key.lstrip("."): value for key, value in parts.items()} | others | brought
