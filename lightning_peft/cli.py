@@ -22,7 +22,7 @@ from lightning_peft import merge as merge_adapters
 from lightning_peft.callbacks.table import collapsed, show
 from lightning_peft.engine import AdapterFileError, adapter_state
 from lightning_peft.engine.inject import record_of
-from lightning_peft.interop import read_adapter
+from lightning_peft.interop import HFPEFT, read_adapter
 from lightning_peft.interop.files import Format, method_from, replacing
 from lightning_peft.interop.hf_peft import CONFIGS
 from lightning_peft.interop.probes import Answers, answers, compared, named, outputs
@@ -123,7 +123,7 @@ def convert(adapter: str, output: str, to: Format = "peft", base: str | None = N
     injection = record_of(model).injections["default"]
     # of what is trained without a copy of the base the base is here
     injection.in_place |= {name: before_it.get(name) for name, kept in injection.in_place.items() if kept is None}
-    unknown_there = to == "peft" and type(injection.method) not in CONFIGS
+    unknown_there = to == "peft" and type(injection.method) not in (*CONFIGS, HFPEFT)
     with _new_folder(output) as folder:
         save_adapter(model, folder, as_lora=unknown_there if r is None else r, format=to)
         facts, _, _ = read_adapter(folder)

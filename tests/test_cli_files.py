@@ -31,6 +31,7 @@ from lightning_peft.interop import read_adapter
 from tests.methods.backbones import moved
 from tests.pipelines import picture, pipeline, seeded
 
+peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 
@@ -69,8 +70,6 @@ def logits(model: Any) -> Tensor:
 
 
 def hf(folder: str) -> Any:
-    import peft
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(llama(), folder).eval()
@@ -118,11 +117,18 @@ def test_convert_changes_the_format_and_nothing_else(
     assert [path.name for path in Path("out").iterdir()] == ["there"]
 
 
-def test_a_file_of_hf_peft_becomes_one_of_ours_and_the_reverse(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    import peft
-
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, use_rslora=True, target_modules=["q_proj", "up_proj"]))
-    moved(theirs)
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=3, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+        peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    ],
+    ids=["lora", "oft"],
+)
+def test_a_file_of_hf_peft_becomes_one_of_ours_and_the_reverse(
+    config: Any, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = moved(peft.get_peft_model(base, config)).eval()
     theirs.base_model.model.name_or_path = "base"
     theirs.save_pretrained("theirs")
     main(["convert", "theirs", "ours", "--to", "lightning_peft", "--base", "base"])

@@ -341,6 +341,7 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
             raise AdapterError(
                 f"inject: the submodule {inner!r} was adapted before. Inject into that one, or unload it first."
             )
+        check_unwrapped(model)
         return None
     record = record_of(model)
     if record.merged is not None:
@@ -348,12 +349,32 @@ def _check(model: Any, method: Any, name: str) -> Injection | None:
     check_not_routed(record)
     existing = record.injections.get(name)
     if existing is not None and existing.method != method:
+        there, now = _apart(existing.method, method)
         raise AdapterError(
-            f"inject: the adapter name {name!r} is taken by {existing.method}; asked for now: {method}. "
+            f"inject: the adapter name {name!r} is taken by {there}; asked for now: {now}. "
             f"unload(model, {name!r}) first. Or take another name, and unload this one when the new one is there: so "
             "it stays if that fails."
         )
     return existing
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise an `AdapterError` if there is a model of HF PEFT in ``model``, whose factors are linear layers too."""
+    for path, module in model.named_modules():
+        if type(module).__module__ == "peft.peft_model":
+            raise AdapterError(
+                f"{path or 'the model'} is a {type(module).__name__} of HF PEFT. Take the model out of it with "
+                "merge_and_unload() or unload(); load_adapter reads what its save_pretrained wrote."
+            )
+
+
+def _apart(one: Method, other: Method) -> tuple[str, str]:
+    """Both as text; of the same class without what is the same, such as a list of many layers."""
+    if type(one) is not type(other):
+        return str(one), str(other)
+    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]  # type: ignore[arg-type]
+    each = [", ".join(f"{name}={getattr(method, name)!r}" for name in names) for method in (one, other)]
+    return f"{type(one).__name__}({each[0]})", f"{type(one).__name__}({each[1]})"
 
 
 def _check_in_place(model: nn.Module, names: list[str], who: str) -> None:
@@ -488,10 +509,10 @@ def _exchange(parameter: Tensor, other: Tensor) -> None:
 def check_known(record: Record, names: Iterable[str]) -> None:
     """Raise an `AdapterError` for the first name that no adapter has."""
     for name in names:
-        if name not in record.injections:
+        if not isinstance(name, str) or name not in record.injections:
             there = ", ".join(record.injections)
             raise AdapterError(
-                f"there is no adapter {name!r}.{nearest(name, record.injections)} There are: {there or 'none'}."
+                f"there is no adapter {name!r}.{nearest(str(name), record.injections)} There are: {there or 'none'}."
             )
 
 

@@ -64,6 +64,8 @@ def _checked(record: Record, adapter_names: Sequence[str]) -> tuple[str, ...]:
             f"routed: expected an adapter name for each sample of the batch, such as ['a', 'b'], got {adapter_names!r}."
         )
     names = tuple(adapter_names)
+    if None in names or "__base__" in names:  # as HF PEFT has it
+        raise AdapterError(f"routed: {BASE!r} stands for the base, got {list(names)}.")
     if record.merged is not None:
         raise AdapterError(
             "routed: the adapters are merged into the base. unmerge(model) before routing samples to them."

@@ -18,6 +18,7 @@ from lightning_peft.engine import Adapter, AdapterFileError, Site, Target
 from lightning_peft.engine.method import METHOD_STATE
 from lightning_peft.engine.slots import base_modules, base_parameters, in_codes, in_codes_because, plain_name
 from lightning_peft.engine.targets import candidates
+from lightning_peft.interop.hf_format import tied_names
 from lightning_peft.methods import LoRA
 from lightning_peft.parts.spectrum import leading_svd
 
@@ -212,12 +213,17 @@ def _whole_modules(
 
 
 def lora_of(ranks: Mapping[str, int], whole: Collection[str], model: nn.Module) -> LoRA:
-    """LoRA on the layers of ``model`` named in ``ranks``, with the scaling in its factors, and ``whole`` beside it."""
+    """LoRA on the layers of ``model`` named in ``ranks``, with the scaling in its factors, and ``whole`` beside it.
+
+    Of a tie both ends are named.
+    """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     own: dict[str, int] = {}
     for r in set(ranks.values()) - {usual}:
         own |= dict.fromkeys(_patterns([layer for layer in ranks if ranks[layer] == r], ranks), r)
     modules = {plain_name(path) for path, _ in base_modules(model)}
+    both_ends = [{name.rpartition(".")[0] for name in names} for names in tied_names(model)]
+    whole = sorted({*whole, *(end for ends in both_ends if ends & {*whole} for end in ends)})
     return LoRA(
         r=usual,
         alpha=None,

@@ -8,8 +8,9 @@ from pathlib import Path
 from lightning_peft.adapters.experts import Experts
 from lightning_peft.engine import AdapterError, adapter_state, adapters_of, inject, load_adapter_state, unload
 from lightning_peft.engine.inject import ModelT, has_record, record_of
-from lightning_peft.interop.files import read_adapter
+from lightning_peft.interop.files import read_adapter, unwrapped
 from lightning_peft.interop.hf_experts import factors_of, side_by_side
+from lightning_peft.interop.hf_format import BROUGHT, check_brought
 from lightning_peft.interop.untrusted import check_names, told_by
 from lightning_peft.methods import XLoRA
 
@@ -37,9 +38,9 @@ def load_experts(
         raise AdapterError(f"load_experts: expected the folders of several adapters, got {folders!r}.")
     if has_record(model) and name in record_of(model).injections:
         raise AdapterError(f"load_experts: there is an adapter {name!r} already. unload it first, or name another.")
+    read = [read_adapter(folder) for folder in folders]
     experts = []
-    for folder in folders:
-        _, config, tensors = read_adapter(folder)
+    for folder, (_, config, tensors) in zip(folders, read, strict=True):
         with told_by(folder):
             experts.append(factors_of(config, tensors))
     stacked = side_by_side(experts)
@@ -59,6 +60,8 @@ def load_experts(
             if isinstance(adapter, Experts):
                 A, B = next(both for module, both in stacked.items() if re.search(rf"(^|\.){re.escape(module)}$", path))
                 state |= {f"{path}.adapters.lora_A": A, f"{path}.adapters.lora_B": B}
+        for _, _, tensors in read:
+            check_brought(unwrapped(model, state)[0], tensors, [key for key in tensors if key.endswith(BROUGHT)])
         load_adapter_state(model, state, name)
     except BaseException:
         unload(model, name)

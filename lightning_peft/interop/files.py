@@ -26,8 +26,9 @@ from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
-from lightning_peft.interop import diffusers_lora, hf_experts, hf_peft
+from lightning_peft.interop import diffusers_lora, hf_peft
 from lightning_peft.interop.as_lora import as_lora as plain_lora
+from lightning_peft.interop.hf_format import EXPERT
 from lightning_peft.interop.patterns import check_pattern, strings
 from lightning_peft.interop.untrusted import (
     check_names,
@@ -124,7 +125,7 @@ def _as_peft(
     model: nn.Module, name: str, method: Method, state: dict[str, Tensor], as_lora: bool | int, folder: Path | None
 ) -> Written:
     """In our own format where there is no ``folder``, or HF PEFT has no place for it."""
-    inner, prefix = _unwrapped(model, state)
+    inner, prefix = unwrapped(model, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     found = adapters_of(inner, name)
     facts: dict[str, Any] = {"base": fingerprint(model, prefix, [name])}
@@ -134,7 +135,7 @@ def _as_peft(
     if folder is None:
         return facts, facts, state
     try:
-        config, tensors = hf_peft.to_peft(inner, method, found, state)
+        config, tensors = hf_peft.to_peft(inner, method, found, state, prefix)
         facts["layout"] = "peft"
     except AdapterFileError as reason:
         config, tensors = facts, state
@@ -216,6 +217,8 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     """
     facts, config, tensors = read_adapter(folder)
     target = adapted_root(model)
+    if not has_record(target):
+        checkunwrapped(target)
     places: dict[str, str] = {}
     with told_by(folder):
         check_patterns(config.get("settings", config), str(folder))
@@ -242,9 +245,13 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
         inject(target, method, name)
     try:
         with told_by(folder):
-            inner, prefix = (target, "") if places else _unwrapped(target, adapter_state(target, name))
+            state = adapter_state(target, name)
+            inner, prefix = (target, "") if places else unwrapped(target, state)
             is_peft = facts is None or facts.get("layout") in ("peft", "diffusers")
-            ours = hf_peft.from_peft(inner, name, tensors) if is_peft else tensors
+            live = {key.removeprefix(prefix): value for key, value in state.items()}
+            ours = tensors
+            if is_peft:
+                ours = hf_peft.from_peft(inner, name, live, tensors, prefix, allow_other_base)
             if facts and not allow_other_base:
                 there = facts.get("base") or {}
                 for part, place in places.items():
@@ -290,6 +297,11 @@ def _read_one(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any], dict[s
         if pickled:
             hint = f" {pickled[0].name} is a pickle, which can run code when it is read: convert it first, by"
             hint += without_code(pickled[0], path / TENSORS)
+        inside = sorted(p.parent.name for p in path.glob(f"*/{TENSORS}"))
+        if inside:
+            hint += f" There are adapters in folders of it: {', '.join(inside)}. Name one of them."
+        if not path.exists():
+            hint += " Nothing of that name is on this machine, and nothing is fetched from elsewhere."
         raise AdapterFileError(f"there is no {TENSORS} in {path}.{hint}")
     try:
         with safe_open(file, framework="pt") as opened:
@@ -338,7 +350,7 @@ def _with_experts(
             )
         _, own, values = _read_one(there[0])
         configs.append(own)
-        tensors |= {f"{hf_experts.EXPERTS}.{i}.{key}": value for key, value in values.items()}
+        tensors |= {EXPERT.format(i) + key: value for key, value in values.items()}
     return config | {"adapters": configs}, tensors
 
 
@@ -407,7 +419,7 @@ def adapted_root(model: nn.Module) -> nn.Module:
     return next((module for module in model.modules() if has_record(module)), model)
 
 
-def _unwrapped(model: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, str]:
+def unwrapped(model: nn.Module, state: dict[str, Tensor]) -> tuple[nn.Module, str]:
     """The one child of a LightningModule that holds all adapters, with its prefix; any other model as it is."""
     children = {key.partition(".")[0] for key in state}
     if hasattr(model, "training_step") and len(children) == 1:

@@ -21,6 +21,8 @@ from lightning_peft.interop.hf_format import (
     Place,
     Row,
     State,
+    Unread,
+    as_given,
     own_values,
     ranks_and_alphas,
     read_alphas,
@@ -59,7 +61,7 @@ def _triplet_places(path: str, module: Any, adapter: Any, found: Found) -> dict[
 
 
 def _alpha(adapter: Any) -> float:
-    return round(float(adapter.scaling) * len(adapter.lora_z), 6)
+    return as_given(float(adapter.scaling) * len(adapter.lora_z))
 
 
 def _write_adalora(method: AdaLoRA, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
@@ -157,6 +159,9 @@ def _plain_product(tensors: Mapping[str, Tensor], *pairs: tuple[str, str]) -> di
 
 def _write_lokr(method: LoKr, found: Found, model: nn.Module, state: State) -> dict[str, Any]:
     _no_dropout(method)
+    for path, module, adapter in found:
+        if isinstance(module, nn.Conv1d) and "lokr_w2" in adapter._parameters:
+            raise AdapterFileError(f"HF PEFT makes another change of the same factors for a Conv1d ({path}).")
     return {
         "r": method.r,
         "alpha": method.alpha,
@@ -168,6 +173,9 @@ def _write_lokr(method: LoKr, found: Found, model: nn.Module, state: State) -> d
 def _read_lokr(
     config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model: nn.Module
 ) -> tuple[Method, Parts]:
+    folded = next((name for name, tensors in found.items() if tensors.get("lokr_w2", torch.empty(0)).dim() == 3), None)
+    if folded is not None:
+        raise Unread(f"the file adapts {folded!r}, a Conv1d, for which HF PEFT makes another change of the factors.")
     method = LoKr(
         r=config["r"],
         alpha=config["alpha"],

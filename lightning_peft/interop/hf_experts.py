@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from lightning_peft.adapters.experts import Experts, Router, Seen
 from lightning_peft.engine import AdapterFileError, Method
-from lightning_peft.interop.hf_format import LORA_PLAIN, PREFIX, Found, Parts, Place, Row, read_alphas
+from lightning_peft.interop.hf_format import BROUGHT, EXPERT, LORA_PLAIN, PREFIX, Found, Parts, Place, Row, read_alphas
 from lightning_peft.methods import XLoRA
 
-EXPERTS = "experts"  # the keys of what was read from the folder of expert i begin with it and i
 _CLASSIFIER = "internal_xlora_classifier"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$")
 
@@ -34,7 +33,7 @@ def factors_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fact
     _EXPERT.check(config)
     found: Factors = {}
     for key, value in tensors.items():
-        if key.endswith(".base_layer.weight"):  # an embedding that was adapted, as it is in the base
+        if key.endswith(BROUGHT):
             continue
         match = _FACTOR.match(key.removeprefix(PREFIX))
         if match is None or value.dim() != 2:
@@ -74,7 +73,7 @@ def _read(config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model
     flat = {f"{module}.{name}": tensor for module, parts in found.items() for name, tensor in parts.items()}
     experts = []
     for i, expert in enumerate(config["adapters"]):
-        start = f"{EXPERTS}.{i}."
+        start = EXPERT.format(i)
         experts.append(factors_of(expert, {k.removeprefix(start): t for k, t in flat.items() if k.startswith(start)}))
     stacked = side_by_side(experts)
     own = {k: t for k, t in flat.items() if _CLASSIFIER in k}

@@ -1,15 +1,19 @@
 """What one row of the table of HF PEFT's types says, and the patterns in which its configs name layers."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine import Adapter, AdapterFileError, Method, Target
-from lightning_peft.engine.slots import base_class
+from lightning_peft.engine.codes import is_code
+from lightning_peft.engine.inject import owners_of
+from lightning_peft.engine.slots import base_class, plain_name, whole
 from lightning_peft.engine.targets import candidates
 
 V = TypeVar("V")
@@ -18,6 +22,8 @@ State = Mapping[str, Tensor]  # our key -> tensor
 Parts = dict[str, dict[str, Tensor]]  # name of a module -> name of a tensor of it -> tensor
 
 PREFIX = "base_model.model."
+EXPERT = "experts.{}."  # what the keys of an expert of X-LoRA begin with, which come from another file
+BROUGHT = ".base_layer.weight"  # an embedding that was adapted, as it is in the base
 
 # settings of every type that say where something is, or what for, and nothing about what is computed
 _NEUTRAL = (
@@ -78,8 +84,8 @@ class Row:
         places: class of adapter -> (path, module, adapter, all adapters) -> name of a tensor of ours -> its place.
         methods: those of ours that are written as this type.
         write: (method, adapters, model, what is saved) -> what its config says beside the targets.
-        read: (config, tensors, modules trained whole, model) -> the method, and the tensors as ``places`` has them;
-            None where a file may hold what no method of ours computes.
+        read: (config, tensors, modules trained whole, model) -> the method, and the tensors as ``places`` has them, or
+            `Unread`; None where a file may hold what no method of ours computes.
         because: why it is not read, as sentences.
         derived: (adapters, what is saved) -> key -> tensor that HF PEFT wants to see; here it follows from others.
         layers: types of layer that HF PEFT adapts.
@@ -141,14 +147,14 @@ class Row:
             warnings.warn(
                 f"the setting {setting}={config[setting]!r} of the file is not known here, and is passed over. It may "
                 "come from a later version of HF PEFT: see that the outputs are what they were.",
-                stacklevel=4,
+                stacklevel=5,
             )
         for setting, nothing in self.training.items():
             if config.get(setting, nothing) != nothing:
                 warnings.warn(
                     f"{setting}={config[setting]!r} acts in training alone, and is not known here: the outputs are the "
                     "same, but training goes on without it.",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
     def check_layer(self, path: str, module: nn.Module, adapter: Adapter) -> None:
@@ -176,6 +182,36 @@ def target_of(model: nn.Module, name: str) -> Target:
             "Load it into the model that it was made with."
         )
     return found[0]
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The plain names of each parameter of the base of ``model``: several where it is tied."""
+    return [[plain_name(name) for name in names] for names in owners_of(model).values()]
+
+
+def check_brought(model: nn.Module, tensors: Mapping[str, Tensor], keys: Iterable[str]) -> None:
+    """Raise an `AdapterFileError` if weights of the base that a file brings along, under ``keys``, are others here.
+
+    HF PEFT puts them into the base, where an embedding was given more rows, say. Values that were cast are the same.
+    """
+    names = {plain_name(name): name for several in owners_of(model).values() for name in several}
+    for key in keys:
+        name = names.get(re.sub(rf"^({EXPERT.format(r'\d+')})?{PREFIX}", "", key).replace(".base_layer.", "."))
+        if name is None:
+            raise AdapterFileError(f"the file holds {key!r}, which is no part of an adapter of this model.")
+        here, there = model.get_parameter(name).detach(), tensors[key]
+        if here.is_meta or is_code(here):
+            continue
+        here, there = whole(here).cpu(), there.cpu()
+        cast = here.dtype != there.dtype
+        rounding = max(torch.finfo(t.dtype).eps for t in (here, there)) if cast else 0.0
+        same = here.shape == there.shape and torch.allclose(here.float(), there.float(), rounding, 1e-7 * cast)
+        if not same:
+            raise AdapterFileError(
+                f"the adapter was trained beside a {plain_name(name)!r} {tuple(there.shape)} of other values than the "
+                f"one here {tuple(here.shape)}, and the file brings it along as {key!r}. Copy that into the model "
+                "first; load_adapter(..., allow_other_base=True) loads the adapter all the same."
+            )
 
 
 def exactly(path: str, others: Iterable[str]) -> str:
@@ -211,6 +247,11 @@ def ends_of(names: Iterable[str]) -> set[str]:
     return {name[match.end() :] for name in names for match in re.finditer(r"^|\.", name)}
 
 
+def as_given(value: float) -> float:
+    """What was rounded to single precision, as somebody may have written it: 0.1 and not 0.10000000149."""
+    return float(f"{value:.7g}")
+
+
 def ranks_and_alphas(
     method: Any, ranks: Mapping[str, int], scalings: Mapping[str, float], power: float = 1.0
 ) -> tuple[int, float, dict[str, int], dict[str, float]]:
@@ -222,11 +263,11 @@ def ranks_and_alphas(
         scalings: the same for alpha / rank^power.
         power: see above.
     """
-    alphas = {path: round(scaling * ranks[path] ** power, 6) for path, scaling in scalings.items()}
+    alphas = {path: as_given(scaling * ranks[path] ** power) for path, scaling in scalings.items()}
     alpha = method.r**power if method.alpha is None else method.alpha
     return (
         method.r,
         alpha,
         {exactly(path, ranks): rank for path, rank in ranks.items() if rank != method.r},
-        {exactly(path, ranks): a for path, a in alphas.items() if abs(a - alpha) > 1e-4},
+        {exactly(path, ranks): a for path, a in alphas.items() if not math.isclose(a, alpha, rel_tol=1e-6)},
     )

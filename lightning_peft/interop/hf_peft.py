@@ -6,6 +6,7 @@ its types. What HF PEFT has no place for (buffers of ours, say) stands in the fi
 over.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.targets import candidates
 from lightning_peft.interop import hf_delta, hf_experts, hf_prompts, hfpeft
 from lightning_peft.interop.hf_format import (
+    BROUGHT,
     LORA_KNOWN,
     LORA_PLAIN,
     PREFIX,
@@ -33,11 +35,13 @@ from lightning_peft.interop.hf_format import (
     Row,
     State,
     Unread,
+    check_brought,
     ends_of,
     own_values,
     ranks_and_alphas,
     read_alphas,
     target_of,
+    tied_names,
 )
 from lightning_peft.interop.renamed import new_names, under_new_names
 from lightning_peft.methods import EVA, IA3, PEGO, DoRA, FFALoRA, LoRA, LoRAGGPO, LoRAPlus, LoRAPro, PiSSA
@@ -73,9 +77,15 @@ def method_from_peft(
         AdapterFileError: the type, or a setting of it, is not known here; or something is missing in the file.
     """
     try:
-        check_settings(config)
+        return _method_of_ours(config, tensors, model)
     except Unread as reason:
         return hfpeft.method_from(config, model, str(reason)), dict(tensors)
+
+
+def _method_of_ours(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> tuple[Method, dict[str, Tensor]]:
+    check_settings(config)
     row = ROWS[config["peft_type"]]
     row.warn(config)
     if any(".base_layer.out_proj." in key for key in tensors):
@@ -85,11 +95,14 @@ def method_from_peft(
     own = re.compile(rf"(?:(?P<module>.+)\.)?(?P<name>{'|'.join(map(re.escape, row.names))})(?:(?<=vector)\.weight)?$")
     found: Parts = {}
     others: dict[str, Tensor] = {}
+    brought: dict[str, Tensor] = {}
     for key, value in tensors.items():
         match = own.match(key.removeprefix(row.prefix))
         if match:
             found.setdefault(match["module"] or "", {})[match["name"]] = value
-        elif not key.endswith(".base_layer.weight"):  # an embedding that was adapted, as it is in the base
+        elif key.endswith(BROUGHT):
+            brought[key] = value
+        elif not _is_copy(key, tensors):
             others[key.replace(".base_layer.", ".")] = value
     if row.prefix == PREFIX:  # it adapts layers
         now = new_names(model, (*found, *(key.removeprefix(PREFIX) for key in others)))
@@ -106,8 +119,12 @@ def method_from_peft(
         raise AdapterFileError(
             f"the file has no {missing.args[0]!r} of a layer that it adapts: it is damaged."
         ) from None
+    short = _also_others(found, model)
+    if short:
+        names = (f"^{re.escape(name)}" if name in short else name for name in sorted(found))
+        method = dataclasses.replace(method, target_modules=tuple(names))  # type: ignore[type-var]
     parts = {f"{row.prefix}{module}.{name}": t for module, named in found.items() for name, t in named.items()}
-    return method, {key.lstrip("."): value for key, value in parts.items()} | others
+    return method, {key.lstrip("."): value for key, value in parts.items()} | others | brought
 
 
 def _no_layer_now(model: nn.Module, now: Mapping[str, str], modules: Iterable[str]) -> str | None:
@@ -119,15 +136,35 @@ def _no_layer_now(model: nn.Module, now: Mapping[str, str], modules: Iterable[st
     return None
 
 
-def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors as HF PEFT writes them.
+def _also_others(found: Parts, model: nn.Module) -> set[str]:
+    """Those of the names of layers ``found`` that end the names of others, which are not in the file.
+
+    None of them inside of another model, whose names are longer.
+    """
+    there = {target.name for target in candidates(model)}
+    if not found.keys() <= there:
+        return set()
+    ends = {name[match.end() :] for name in there - found.keys() for match in re.finditer(r"\.", name)}
+    return ends & found.keys()
+
+
+def _is_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is a bias of a module trained whole that is there under its own name too, or its base value."""
+    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != key and plain in tensors
+
+
+def to_peft(
+    model: nn.Module, method: Method, found: Found, state: State, prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors as HF PEFT writes them, of a ``model`` that lies below ``prefix`` of what was adapted.
 
     Raises:
         NoCounterpart: HF PEFT does not know this method.
         AdapterFileError: it cannot express what the method did here.
     """
     if isinstance(method, hfpeft.HFPEFT):
-        return hfpeft.to_peft(found)
+        return hfpeft.to_peft(found, prefix)
     while isinstance(method, HostedMethod):  # what it injects is the other's
         method = method.host
     if type(method) not in CONFIGS:
@@ -140,6 +177,9 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
         # what is scaled there stands beside it as it is, for a division does not bring back every bit
         value = left.pop(ours) if place.factor == 1 else left[ours] * place.factor
         tensors[row.prefix + place.key] = value.reshape(place.shape)
+    tied = [names for names in tied_names(model) if len(names) > 1 and any(name in left for name in names)]
+    for names in tied:  # HF PEFT copies what is trained whole, and takes no other end along
+        left |= dict.fromkeys(names, next(left[name] for name in names if name in left))
     biases = _single_biases(model, [key for key in left if not _is_ours(key)], row)
     adapted = {path for path, _, _ in found}
     for key, value in left.items():
@@ -159,22 +199,45 @@ def to_peft(model: nn.Module, method: Method, found: Found, state: State) -> tup
         config["target_modules"] = _short_names(model, [path for path, _, _ in found])
     if row.transposed and row.prefix:
         config["fan_in_fan_out"] = any(a.site.kind == "linear" and a.site.transposed for _, _, a in found)
+    if tied and "ensure_weight_tying" in row.known:
+        config["ensure_weight_tying"] = True
     if row.bias:
         config["bias"] = "all" if biases else "none"
     return config | row.write(method, found, model, state), tensors  # type: ignore[misc]  # it has a method
 
 
-def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our keys and in our shapes, for the adapter ``name`` that was injected into ``model``."""
+def from_peft(
+    model: nn.Module,
+    name: str,
+    state: State,
+    tensors: Mapping[str, Tensor],
+    prefix: str = "",
+    allow_other_base: bool = False,
+) -> dict[str, Tensor]:
+    """Tensors under our keys and in our shapes.
+
+    Args:
+        model: what lies below ``prefix`` of the model that was adapted.
+        name: of the adapter, which was injected.
+        state: its live tensors.
+        tensors: of the file.
+        prefix: see above.
+        allow_other_base: also where the file holds other values of the base.
+
+    Raises:
+        AdapterFileError: it does, or two values of one parameter, or ``peft`` does not accept its own.
+    """
     found = adapters_of(model, name)
-    if found and isinstance(found[0][2], hfpeft.HFPEFTAdapter):
-        return hfpeft.from_peft(model, name, tensors)
+    bridged = bool(found) and isinstance(found[0][2], hfpeft.HFPEFTAdapter)
+    brought = hfpeft.beside(found, tensors, prefix) if bridged else {key for key in tensors if key.endswith(BROUGHT)}
+    if brought and not allow_other_base:
+        check_brought(model, tensors, brought)
+    tensors = {key: value for key, value in tensors.items() if key not in brought}
+    if bridged:
+        return hfpeft.from_peft(found, state, tensors, prefix)
     prompt = any(isinstance(adapter, Tokens) for _, _, adapter in found)
     prefix = "base_model." if prompt else PREFIX
-    left = {key.removeprefix(prefix): value for key, value in tensors.items() if ".base_layer.weight" not in key}
-    state = {
-        adapter.site.prefix(path) + key: t for path, _, adapter in found for key, t in adapter.state_dict().items()
-    }
+    left = {key.removeprefix(prefix): value for key, value in tensors.items()}
     ours: dict[str, Tensor] = {}
     for key, place in places(found).items():
         value = left.pop(place.key, left.pop(f"{place.key}.weight", None))
@@ -182,7 +245,23 @@ def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dic
             value = value if place.factor == 1 else value / place.factor
             ours[key] = value.reshape(state[key].shape) if value.shape == place.shape else value
     # what stands under our own names is exact
-    return ours | {key: value for key, value in left.items() if key not in _DERIVED}
+    exact = {key.replace(".base_layer.", "."): value for key, value in left.items() if key not in _DERIVED}
+    return _once(model, state, ours | exact)
+
+
+def _once(model: nn.Module, state: State, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with those of tied parameters of ``state`` under one name."""
+    for names in tied_names(model):
+        own = next((name for name in names if name in state and name in tensors), None)
+        for other in names:
+            if own is None or other == own or other not in tensors:
+                continue
+            if not torch.equal(tensors[own], tensors.pop(other)):
+                raise AdapterFileError(
+                    f"the file holds two values, as {own!r} and as {other!r}, of what is one parameter here. Give each "
+                    f"its own first: model.{other} = torch.nn.Parameter(model.{other}.detach().clone())."
+                )
+    return tensors
 
 
 def places(found: Found, row: Row | None = None) -> dict[str, Place]:
@@ -325,6 +404,8 @@ def _read_lora(
     config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model: nn.Module
 ) -> tuple[Method, Parts]:
     ranks, alphas = {name: len(_down(parts)) for name, parts in found.items()}, read_alphas(config, found)
+    for name, parts in found.items():
+        _check_product(name, parts, model)
     method = lora_method(config, ranks, alphas, whole)
     start = _STARTS.get(config.get("init_lora_weights", True))
     if start is not None:  # the file is for a weight less the product that training began with
@@ -335,6 +416,19 @@ def _read_lora(
             A, B = start(weight.to(torch.promote_types(weight.dtype, torch.float32)), target, ranks[name], scaling)
             parts |= {"adapters.start_A": A, "adapters.start_B": B}
     return method, found
+
+
+def _check_product(name: str, parts: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise `Unread` if no method of ours makes a product of these factors."""
+    down, up = _down(parts), parts.get("lora_embedding_B", parts.get("lora_B.weight"))
+    r, is_conv = len(down), down.dim() > 2
+    if not is_conv and (up is None or r <= min(len(up), down.shape[1])):  # nearly all
+        return
+    target = target_of(model, name)
+    if r > min(target.d_in, target.d_out):
+        raise Unread(f"the file has r={r} for {name!r} ({target.d_out} x {target.d_in}), which cannot use so many.")
+    if is_conv and getattr(target.module, "groups", 1) != 1:
+        raise Unread(f"the file adapts {name!r}, a convolution with groups, where HF PEFT computes something else.")
 
 
 def _down(parts: Mapping[str, Tensor]) -> Tensor:
@@ -392,8 +486,13 @@ def _write_ia3(method: IA3, found: Found, model: nn.Module, state: State) -> dic
 def _read_ia3(
     config: Mapping[str, Any], found: Parts, whole: tuple[str, ...], model: nn.Module
 ) -> tuple[Method, Parts]:
-    inner = tuple(sorted(name for name, parts in found.items() if len(parts["ia3_l"]) == 1))
-    return IA3(target_modules=tuple(sorted(found)), feedforward_modules=inner, modules_to_save=whole), found
+    inner: list[str] = []
+    for name, parts in sorted(found.items()):
+        if parts["ia3_l"].dim() != 2:
+            raise Unread(f"the file rescales {name!r}, a convolution, and IA3 of lightning_peft is for linear layers.")
+        if len(parts["ia3_l"]) == 1 and (parts["ia3_l"].numel() > 1 or target_of(model, name).d_in == 1):
+            inner.append(name)
+    return IA3(target_modules=tuple(sorted(found)), feedforward_modules=tuple(inner), modules_to_save=whole), found
 
 
 ROWS: dict[str, Row] = {

@@ -41,8 +41,9 @@ from lightning_peft.engine import (
 from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.inject import ModelT
 from lightning_peft.engine.slots import Layer, Site, plain_name
-from lightning_peft.engine.state import adapter_state, refuse
+from lightning_peft.engine.state import refuse
 from lightning_peft.engine.targets import Target, sites
+from lightning_peft.interop.hf_format import PREFIX
 from lightning_peft.interop.patterns import check_pattern
 from lightning_peft.interop.shadow import replaced, shadow_of, twin_of
 
@@ -125,14 +126,15 @@ class HFPEFT(Method):
 class BridgedTarget(Target):
     """A module with the ``layer`` that HF PEFT made for it.
 
-    ``shadow`` is what that wraps, ``holders`` the parts of it that had it as a child, under which names, and ``tuned``
-    the model it is part of.
+    ``shadow`` is what that wraps, ``holders`` the parts of it that had it as a child, under which names, ``tuned``
+    the model it is part of, and ``root`` what names begin with here and not in that.
     """
 
     layer: nn.Module
     shadow: nn.Module
     holders: list[tuple[nn.Module, str]]
     tuned: nn.Module
+    root: str
 
 
 @dataclasses.dataclass
@@ -148,7 +150,7 @@ class HFPEFTAdapter(Adapter):
         super().__init__()
         self.layer = target.layer
         # no children: they are the base
-        self.__dict__.update(shadow=target.shadow, holders=target.holders, tuned=target.tuned)
+        self.__dict__.update(shadow=target.shadow, holders=target.holders, tuned=target.tuned, root=target.root)
         self._by_task = "task_ids" in inspect.signature(target.layer.forward).parameters  # in Poly
         self._tasks: Tensor | None = None
         self._trained = {name for name, p in target.layer.named_parameters() if p.requires_grad}
@@ -216,6 +218,8 @@ class HFPEFTAdapter(Adapter):
             return f"{what} sits around a whole module."
         if slots.in_codes(self.__dict__["shadow"], self.site):
             return f"{slots.in_codes_because(self.__dict__['shadow'], self.site)} LoRA of lightning_peft merges there."
+        if what == "peft.tuners.oft.Conv2d" and self.layer.get_base_layer().kernel_size != (1, 1):  # type: ignore[operator]
+            return f"HF PEFT merges {what} into another function than it computes."
         never = isinstance(self.layer, BaseTunerLayer) and type(self.layer).merge is BaseTunerLayer.merge
         return f"HF PEFT does not merge {what}." if never else None
 
@@ -365,11 +369,12 @@ def _bridged(model: nn.Module, settings: Mapping[str, Any]) -> _Bridged:
     if config.peft_type != "LORA" and in_place:
         raise TargetError(f"HFPEFT: {settings['peft_type']} trains the base in place ({in_place[0]!r}).")
     targets: list[BridgedTarget] = []
+    owners = {plain_name(name): (path + name, module) for name, module in root.named_modules()}
     for name, twin, layer, holders in replaced(shadow, twins):
-        module = root.get_submodule(name)
+        owner, module = owners[name]
         here = [dataclasses.replace(site, read=False) for site in sites(module)]
         site = here[0] if len(here) == 1 else Site("module", "", None)
-        targets.append(BridgedTarget(plain_name(path + name), module, site, path + name, layer, twin, holders, tuned))
+        targets.append(BridgedTarget(plain_name(owner), module, site, owner, layer, twin, holders, tuned, path))
     held = {*before, *(p for target in targets for p in target.layer.parameters())}
     outside = [name for name, p in tuned.named_parameters() if p.requires_grad and p not in held]
     if outside:
@@ -435,31 +440,56 @@ def _tuned(found: list[tuple[str, nn.Module, Adapter]]) -> Iterator[Any]:
             del holder._modules[key]
 
 
-def to_peft(found: list[tuple[str, nn.Module, Adapter]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors as ``peft`` writes them."""
+def _inner(found: list[tuple[str, nn.Module, Adapter]], prefix: str) -> str:
+    """What the keys of ``peft`` begin with for what lies below ``prefix`` of our model."""
+    return PREFIX + prefix.removeprefix(found[0][2].__dict__["root"])
+
+
+def to_peft(found: list[tuple[str, nn.Module, Adapter]], prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors as ``peft`` writes them for the part of our model below ``prefix``, where all of it lies."""
     with tempfile.TemporaryDirectory() as folder, _tuned(found) as tuned:
         tuned.save_pretrained(folder, save_embedding_layers=False)
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        return config, load_file(Path(folder) / "adapter_model.safetensors")
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    inner = _inner(found, prefix)
+    return config, {PREFIX + k.removeprefix(inner) if k.startswith(inner) else k: t for k, t in tensors.items()}
 
 
-def from_peft(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our keys, for the adapter ``name`` that was injected into ``model``.
+def beside(found: list[tuple[str, nn.Module, Adapter]], tensors: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """Keys of ``tensors`` for which ``peft`` has a place in the base, and which are no part of the adapters ``found``.
+
+    It would write them there.
+    """
+    from peft import get_peft_model_state_dict
+
+    inner = _inner(found, prefix)
+    with _tuned(found) as tuned:
+        own = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()
+        base = tuned.state_dict().keys() - own
+    there = {key: inner + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key for key in tensors}
+    return {key for key, place in there.items() if place in base}
+
+
+def from_peft(
+    found: list[tuple[str, nn.Module, Adapter]], state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """Tensors under our keys, for the adapters ``found`` below ``prefix``, whose ``state`` stays as it is.
 
     Raises:
         AdapterFileError: ``peft`` does not accept them.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    state = adapter_state(model, name)
     before = {key: value.detach().clone() for key, value in state.items()}
+    inner = _inner(found, prefix)
+    tensors = {inner + k.removeprefix(PREFIX) if k.startswith(PREFIX) else k: t for k, t in tensors.items()}
     try:
-        with _tuned(adapters_of(model, name)) as tuned:
+        with _tuned(found) as tuned:
             tensors = _converted(tuned, tensors)
             missing = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - tensors.keys()
-            told: Any = set_peft_model_state_dict(tuned, dict(tensors), NAME)
+            told: Any = set_peft_model_state_dict(tuned, tensors, NAME)
         refuse({"missing": sorted(missing), "unexpected": list(told.unexpected_keys)}, "what HF PEFT expects")
-        return {key: value.detach().clone() for key, value in adapter_state(model, name).items()}
+        return {key: value.detach().clone() for key, value in state.items()}
     except AdapterFileError:
         raise
     except Exception as error:

@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lightning_peft.engine import TargetError, slots
+from lightning_peft.engine.slots import plain_name
 
 
 def shadow_of(module: nn.Module, path: str, twins: dict[str, nn.Module], made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The shadow of ``module``; ``twins`` gets each part of it under its path."""
+    """The shadow of ``module``; ``twins`` gets each part of it under its plain path.
+
+    Of a module that is compiled or wrapped it is the shadow of what is inside, whose names are plain.
+    """
+    for name, child in module._modules.items():
+        if child is not None and not plain_name(name):
+            return shadow_of(child, path, twins, made)
     if module not in made:
         made[module] = twin = twins[path] = twin_of(module)
         twin._modules = {

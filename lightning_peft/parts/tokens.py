@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.engine import Target, TargetError
 from lightning_peft.engine.errors import nearest
-from lightning_peft.engine.slots import base_class, is_slot
+from lightning_peft.engine.slots import base_class, is_slot, plain_name
 from lightning_peft.engine.targets import is_below, module_target
 from lightning_peft.parts.attention import find_attentions, widths_of
 from lightning_peft.parts.blocks import find_blocks
@@ -106,7 +106,7 @@ def text_targets(
 def text_parts(model: nn.Module) -> dict[str, Any]:
     """Name -> module of the parts that embed ids, the innermost ones."""
     found = {name: part for name, part in model.named_modules() if embedding_of(part) is not None}
-    outer = {name for name in found if any(other != name and (not name or is_below(other, name)) for other in found)}
+    outer = {name for name in found if any(o != name and (not plain_name(name) or is_below(o, name)) for o in found)}
     return {name: part for name, part in found.items() if name not in outer}
 
 

@@ -145,10 +145,13 @@ def test_something_that_is_no_module_is_refused() -> None:
 
 
 def test_a_name_belongs_to_one_method() -> None:
-    model = inject(tiny(), LoRA(r=2))
+    layers = ("q_proj", "v_proj")  # the same in both, so of no interest
+    model = inject(tiny(), LoRA(r=2, target_modules=layers))
     before = snapshot(model)
-    with pytest.raises(AdapterError, match=r"'default' is taken by LoRA\(r=2\); asked for now: LoRA\(r=3\)"):
-        inject(model, LoRA(r=3))
+    with pytest.raises(AdapterError, match=r"'default' is taken by LoRA\(r=2\); asked for now: LoRA\(r=3\)\."):
+        inject(model, LoRA(r=3, target_modules=layers))
+    with pytest.raises(AdapterError, match=r"is taken by LoRA\(target_modules=.*\); asked for now: LinearProbe\(\)\."):
+        inject(model, LinearProbe())
     assert_unchanged(model, before)
 
 

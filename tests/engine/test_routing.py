@@ -398,6 +398,9 @@ def test_names_have_to_be_known() -> None:
     refused(two(), ["a", "c"], r"no adapter 'c'.*There are: a, b")
     refused(two(), "a", "expected an adapter name for each sample")
     refused(two(), [], "expected an adapter name for each sample")
+    refused(two(), ["a", 0], "no adapter 0. There are: a, b")
+    refused(two(), ["a", "__base__"], r"'none' stands for the base, got \['a', '__base__'\]")
+    refused(two(), [None, "a"], r"'none' stands for the base, got \[None, 'a'\]")
     refused(adapted(nn.Sequential(nn.Linear(4, 4)), none=LoRA(r=1)), ["none"], "stands for the base")
     refused(nn.Linear(3, 3), ["none"], "has no adapters")
 

@@ -65,6 +65,19 @@ def test_more_factors_than_directions_are_made_fewer(tmp_path: Path) -> None:
         torch.testing.assert_close(plain.delta(), ours.delta(), rtol=1e-5, atol=1e-6)
 
 
+def test_one_scaling_is_enough_to_read_it(tmp_path: Path) -> None:
+    """Servers read ``lora_alpha / r`` of the config, and pass over what single layers have."""
+    method = LoRA(r=2, rank_pattern={"v_proj": 3}, alpha_pattern={"q_proj": 1.0}, target_modules=("q_proj", "v_proj"))
+    model, x = moved(inject(tiny(), method)), torch.randn(3, 7)
+    save_adapter(model, tmp_path, as_lora=True)
+    _, config, tensors = read_adapter(tmp_path)
+    served = tiny()
+    for name in method.target_modules:
+        down, up = (tensors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        served.get_submodule(name).weight.data += config["lora_alpha"] / config["r"] * up @ down
+    torch.testing.assert_close(served(x), model(x))
+
+
 def test_a_plain_lora_stays_what_it_is(tmp_path: Path) -> None:
     plain = trained(LoRA(r=2))
     again = load_adapter(backbone("llama"), save_adapter(plain, tmp_path, as_lora=True))
@@ -237,20 +250,28 @@ def test_weights_that_were_trained_in_place_become_lora_and_norms_go_along(activ
         torch.testing.assert_close(loaded(x), base)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.inner(self.embed(ids)).tanh())
+
+
+def build() -> nn.Module:
+    torch.manual_seed(1)
+    return Tied()
+
+
+def test_of_a_tie_that_was_trained_beside_an_adapter_both_ends_go_along(tmp_path: Path) -> None:
+    model = moved(inject(build(), DoRA(r=2, target_modules="inner", modules_to_save=("embed", "lm_head"))))
+    loaded, ids = load_adapter(build(), save_adapter(model, tmp_path, as_lora=6)), torch.arange(9)
+    torch.testing.assert_close(loaded(ids), model(ids), rtol=1e-5, atol=1e-6)
+
+
 def test_tied_weights_change_at_both_ends(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
-            self.lm_head.weight = self.embed.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.lm_head(self.embed(ids).tanh())
-
-    def build() -> nn.Module:
-        torch.manual_seed(1)
-        return Tied()
-
     class InPlace(LinearProbe):
         def trained_in_place(self, model: nn.Module) -> list[str]:
             return ["embed.weight", "lm_head.weight"]

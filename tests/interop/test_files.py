@@ -252,6 +252,14 @@ def test_a_pickled_adapter_is_named_and_not_run(tmp_path: Path) -> None:
         load_adapter(tiny(), tmp_path)
 
 
+def test_a_folder_of_folders_names_those_with_adapters(folder: Path) -> None:
+    # as HF PEFT writes several adapters
+    with pytest.raises(AdapterFileError, match="There are adapters in folders of it: adapter. Name one of them"):
+        load_adapter(tiny(), folder.parent)
+    with pytest.raises(AdapterFileError, match="in user/lora. Nothing of that name is on this machine"):
+        load_adapter(tiny(), "user/lora")
+
+
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="there is no adapter_model.safetensors"):
         load_adapter(tiny(), tmp_path)

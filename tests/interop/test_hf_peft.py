@@ -34,9 +34,9 @@ from lightning_peft import (
     merge,
     save_adapter,
 )
-from lightning_peft.engine import AdapterFileError
+from lightning_peft.engine import AdapterError, AdapterFileError, adapters_of
 from lightning_peft.interop import hf_peft
-from tests.methods.backbones import moved
+from tests.methods.backbones import assert_unchanged, moved, snapshot
 
 # HF PEFT asks transformers by a name that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -161,6 +161,18 @@ def test_gradients_are_the_same(ours: Any, theirs: Any, ids: Tensor, tmp_path: P
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)  # another order of sums, in float32
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleDict({"inner": model})])
+def test_a_model_in_a_wrapper_of_hf_peft_is_refused(wrap: Any, tmp_path: Path) -> None:
+    theirs = hf_moved(net(), LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(str(tmp_path))
+    before = snapshot(theirs)
+    for verb in (lambda: inject(wrap(theirs), LoRA(r=1)), lambda: load_adapter(wrap(theirs), tmp_path)):
+        with pytest.raises(AdapterError, match=r"^(the model|inner) is a PeftModel of HF PEFT.*merge_and_unload\(\)"):
+            verb()
+    assert_unchanged(theirs, before)
+    inject(theirs.unload(), LoRA(r=1))
+
+
 def test_an_ordinary_transformer_goes_both_ways(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -175,6 +187,20 @@ def test_an_ordinary_transformer_goes_both_ways(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
     loaded = PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
     torch.testing.assert_close(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("alpha", [1e-7, 0.1, 1 / 3, 16.0])
+@pytest.mark.parametrize("method", [LoRA, LoHa, AdaLoRA], ids=lambda method: method.__name__)
+def test_a_scaling_of_any_size_is_written(method: Any, alpha: float, ids: Tensor, tmp_path: Path) -> None:
+    own = {} if method is AdaLoRA else {"alpha_pattern": {"fc2": 1.001 * alpha}}
+    model = moved(inject(net(), method(r=3, alpha=alpha, target_modules=("q_proj", "fc2"), **own)))
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(net(), str(tmp_path))
+    for name in ("q_proj", "fc2"):
+        scaling = float(model.get_submodule(name).adapters["default"].scaling)
+        there = theirs.base_model.model.get_submodule(name).scaling["default"]
+        there /= 3 if method is AdaLoRA else 1  # which divides by the rank when it is called
+        assert there == pytest.approx(scaling, rel=1e-6)
 
 
 def changed(folder: Path, change: dict[str, Any], drop: str = "") -> dict[str, Any]:
@@ -295,6 +321,161 @@ def test_biases_that_were_trained_go_both_ways(config: Any, ids: Tensor, tmp_pat
     again = PeftModel.from_pretrained(net(), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(again(ids), model(ids))
     assert again.peft_config["default"].bias == "all"
+    assert torch.equal(load_adapter(net(), tmp_path / "ours")(ids), loaded(ids))
+
+
+def test_biases_of_a_module_that_is_trained_whole_are_in_the_file_three_times(ids: Tensor, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, bias="all", target_modules=["q_proj"], modules_to_save=["head"])
+    model = hf_moved(net(), config)
+    model.save_pretrained(str(tmp_path))
+    assert "base_model.model.head.original_module.bias" in load_file(tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(load_adapter(net(), tmp_path)(ids), model(ids))
+
+
+class Images(nn.Module):
+    """Layers where HF PEFT computes something that no method of ours does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal = nn.Conv1d(6, 6, 3, padding=1)
+        self.grouped = nn.Conv2d(6, 4, 1, groups=2)
+        self.gate, self.out = nn.Linear(4, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.gate(self.grouped(self.signal(x)[..., None].tanh()).flatten(2).sum(2)).tanh())
+
+
+def images() -> nn.Module:
+    torch.manual_seed(1)
+    return Images().eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["grouped"]),
+        LoraConfig(r=4, target_modules=["gate"], use_rslora=True),  # of which three can be used
+        LoKrConfig(r=2, target_modules=["signal"]),
+        IA3Config(target_modules=["grouped"], feedforward_modules=[]),
+        IA3Config(target_modules=["grouped"], feedforward_modules=["grouped"]),
+    ],
+    ids=["groups", "rank", "lokr", "ia3", "ia3 of the input"],
+)
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_what_hf_peft_alone_computes_is_run_by_its_code(config: Any, tmp_path: Path) -> None:
+    model, x = hf_moved(images(), copy.deepcopy(config)), torch.randn(2, 6, 5)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    loaded = load_adapter(images(), tmp_path / "theirs")
+    assert type(next(iter(adapters_of(loaded)))[2]).__name__ == "HFPEFTAdapter"
+    torch.testing.assert_close(loaded(x), model(x))
+    assert not torch.allclose(images()(x), model(x), atol=1e-3)
+    save_adapter(loaded, tmp_path / "ours")
+    torch.testing.assert_close(PeftModel.from_pretrained(images(), str(tmp_path / "ours")).eval()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules="q_proj", alpha_pattern={"^q_proj": 3}),  # one string is for the whole name
+        LoHaConfig(r=2, target_modules="q_proj"),
+        IA3Config(target_modules="q_proj", feedforward_modules=[]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_layer_whose_name_ends_that_of_another_is_adapted_alone(config: Any, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        inner = nn.Sequential(nn.Linear(4, 4))
+        inner.add_module("q_proj", nn.Linear(4, 3))
+        model = nn.Sequential()
+        model.add_module("q_proj", nn.Linear(5, 4))
+        model.add_module("block", inner)
+        return model.eval()
+
+    model, x = hf_moved(build(), config), torch.randn(2, 5)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    loaded = load_adapter(build(), tmp_path / "theirs")
+    torch.testing.assert_close(loaded(x), model(x))
+    assert [path for path, _, _ in adapters_of(loaded)] == ["q_proj"]
+    save_adapter(loaded, tmp_path / "ours")
+    assert torch.equal(load_adapter(build(), tmp_path / "ours")(x), loaded(x))
+
+
+def test_one_output_is_no_input(tmp_path: Path) -> None:
+    model = hf_moved(images(), IA3Config(target_modules=["out"], feedforward_modules=[]))
+    model.save_pretrained(str(tmp_path))
+    x = torch.randn(2, 6, 5)
+    torch.testing.assert_close(load_adapter(images(), tmp_path)(x), model(x))
+
+
+def test_where_hf_peft_folds_otherwise_lokr_is_written_in_our_own_format(tmp_path: Path) -> None:
+    model, x = moved(inject(images(), LoKr(r=2, target_modules="signal"))), torch.randn(2, 6, 5)
+    with pytest.warns(UserWarning, match=r"own format.* HF PEFT makes another change .* for a Conv1d \(signal\)"):
+        save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(images(), tmp_path)(x), model(x))
+
+
+def tied_llama(tie: bool = True) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=31, tie_word_embeddings=tie, **sizes)).eval()
+
+
+BOTH_ENDS = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")  # what HF PEFT says of a tie
+def test_ends_of_a_tie_that_are_trained_whole_go_both_ways(ids: Tensor, tmp_path: Path) -> None:
+    ours = moved(inject(tied_llama(), LoRA(r=2, target_modules="q_proj", modules_to_save=tuple(BOTH_ENDS))))
+    save_adapter(ours, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(tied_llama(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+    assert theirs.peft_config["default"].ensure_weight_tying
+    assert torch.equal(load_adapter(tied_llama(), tmp_path / "ours")(ids).logits, ours(ids).logits)
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    theirs = hf_moved(tied_llama(), config)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    torch.testing.assert_close(load_adapter(tied_llama(), tmp_path / "theirs")(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_two_values_of_one_parameter_are_refused(ids: Tensor, tmp_path: Path) -> None:
+    theirs = hf_moved(tied_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=BOTH_ENDS))
+    theirs.save_pretrained(str(tmp_path))
+    model = tied_llama()
+    before = snapshot(model)
+    with pytest.raises(AdapterFileError, match="two values, as 'model.embed_tokens.weight' and as 'lm_head.weight'"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # as the error says
+    torch.testing.assert_close(load_adapter(model, tmp_path)(ids).logits, theirs(ids).logits)
+
+
+def larger(seed: int) -> Any:
+    """With rows for two tokens more, which begin at random."""
+    model = tied_llama(tie=False)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(33, mean_resizing=False)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.")
+def test_rows_of_an_embedding_that_the_file_brings_along_have_to_be_there(ids: Tensor, tmp_path: Path) -> None:
+    ids = ids + 22
+    theirs = hf_moved(larger(2), LoraConfig(r=2, target_modules=["q_proj", *BOTH_ENDS]))
+    theirs.save_pretrained(str(tmp_path))
+    torch.testing.assert_close(load_adapter(larger(2), tmp_path)(ids).logits, theirs(ids).logits)
+    load_adapter(larger(2).bfloat16(), tmp_path)  # the same, cast
+    model = larger(3)
+    before = snapshot(model)
+    with pytest.raises(AdapterFileError, match=r"beside a '(lm_head|model.embed_tokens).weight' \(33, 12\) of other"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    load_adapter(model, tmp_path, allow_other_base=True)
+    assert not torch.allclose(model(ids).logits, theirs(ids).logits, atol=1e-2)
 
 
 def test_triplets_that_adalora_dropped_stay_dropped(ids: Tensor, tmp_path: Path) -> None:

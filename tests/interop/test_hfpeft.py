@@ -238,6 +238,39 @@ def test_layers_of_every_kind(config: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(merge(model)(ids), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_rotated_convolution_is_not_merged() -> None:
+    # HF PEFT rotates the channels of the input, and merges a rotation of channels and places
+    def image() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(4, 6, 3)).eval()
+
+    config = peft.OFTConfig(oft_block_size=4, target_modules=["0"])
+    theirs, x = moved(get_peft_model(image(), config)).eval(), torch.randn(2, 4, 5, 5)
+    expected = theirs(x)
+    theirs.merge_adapter()
+    assert not torch.allclose(theirs(x), expected, atol=1e-2), f"mended in peft {peft.__version__}"
+    with pytest.raises(MergeError, match="HF PEFT merges peft.tuners.oft.Conv2d into another function"):
+        merge(moved(inject(image(), HFPEFT(config=config))))
+
+
+def test_a_base_that_a_file_brings_along_is_not_written_into_the_model(ids: Tensor, tmp_path: Path) -> None:
+    # HF PEFT puts embeddings that are in the file into the base
+    theirs = moved(get_peft_model(llama(), peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]))).eval()
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    loaded = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded, ids), logits(theirs, ids), rtol=2e-5, atol=2e-5)
+
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += 0.1
+    before = snapshot(model)
+    with pytest.raises(AdapterFileError, match=r"beside a 'model.embed_tokens.weight' \(31, 16\) of other values than"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    other = load_adapter(model, tmp_path, allow_other_base=True)
+    assert_unchanged(unload(other), before)
+
+
 class Experts(nn.Module):
     """A parameter of three axes, as mixtures of experts have."""
 
@@ -383,6 +416,58 @@ def test_a_config_runs_in_the_callback_and_resumes(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(mixed(), str(tmp_path / "through" / "adapter")).eval()
     torch.testing.assert_close(theirs(ids), through.net.eval()(ids), rtol=2e-5, atol=2e-5)
     assert not torch.allclose(theirs(ids), mixed()(ids), atol=1e-3)
+
+
+class Beside(Module):
+    """The same with a layer beside the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("cls", [Module, Beside])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(oft_block_size=0, r=1, target_modules=["q_proj"], modules_to_save=["head"]),
+        peft.VeraConfig(r=2, target_modules=["q_proj"]),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1, 4]}),
+    ],
+    ids=["oft", "vera", "tokens"],
+)
+def test_files_go_between_a_lightning_module_and_the_network_in_it(config: Any, cls: Any, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 4, 9, 0, 2]])
+    theirs = moved(get_peft_model(mixed(), copy.deepcopy(config))).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    module = load_adapter(cls(), tmp_path / "theirs")
+    torch.testing.assert_close(module.net(ids), theirs(ids), rtol=2e-5, atol=2e-5)
+    save_adapter(module, tmp_path / "ours")
+    again = PeftModel.from_pretrained(mixed(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(ids), theirs(ids), rtol=2e-5, atol=2e-5)
+    assert torch.equal(load_adapter(mixed(), tmp_path / "ours")(ids), module.net(ids))
+    assert torch.equal(load_adapter(cls(), tmp_path / "ours").net(ids), module.net(ids))
+
+
+@pytest.mark.parametrize("part", ["", "q_proj"])
+def test_a_model_that_is_compiled_is_one_too(part: str, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 4, 9, 0, 2]])
+
+    def compiled() -> Any:
+        if not part:
+            return torch.compile(mixed(), backend="eager")
+        model: Any = mixed()
+        model.q_proj = torch.compile(model.q_proj, backend="eager")
+        return model
+
+    config = peft.OFTConfig(oft_block_size=0, r=1, target_modules=["q_proj", "head"])
+    model = moved(inject(compiled(), HFPEFT(config=config)))
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(mixed(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(ids), model(ids), rtol=2e-5, atol=2e-5)
+    assert not torch.allclose(theirs(ids), mixed()(ids), atol=1e-3)
+    assert torch.equal(load_adapter(compiled(), tmp_path)(ids), model(ids))
+    assert_unchanged(unload(model), snapshot(compiled()))
 
 
 class Two(L.LightningModule):

@@ -272,6 +272,12 @@ def test_rows_of_a_table_that_are_never_used_do_not_count() -> None:
     assert target.limit == 14
 
 
+def test_what_embeds_the_text_of_a_compiled_model_is_inside_of_it() -> None:
+    (plain,) = text_targets(base("llama"), 3, "test")
+    (target,) = text_targets(torch.compile(base("llama"), backend="eager"), 3, "test")
+    assert (target.name, target.owner) == (plain.name, f"_orig_mod.{plain.owner}")
+
+
 def test_a_mask_that_does_not_fit_is_an_error() -> None:
     model, _ = adapted("llama")
     with pytest.raises(AdapterError, match="PromptTuning: attention_mask is of 4 tokens"):
