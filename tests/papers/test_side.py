@@ -26,7 +26,7 @@ from lightning_peft import (
 )
 from lightning_peft.adapters.side import visible
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of
-from tests.methods.backbones import TinyBlocks, backbone, moved, tiny
+from tests.methods.backbones import TinyBlocks, assert_unchanged, backbone, call, moved, snapshot, tiny
 
 METHODS: dict[str, Method] = {
     "side": SideTuning(width=4, depth=2),
@@ -608,6 +608,21 @@ def test_samples_have_to_come_first() -> None:
     layer = nn.TransformerEncoderLayer(12, 3, 20)
     with pytest.raises(TargetError, match=r"takes its tokens before its samples. Build the model with batch_first"):
         inject(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), LadderSideTuning(r=2))
+
+
+def test_stages_of_several_widths_are_refused_with_how_many_there_are() -> None:
+    """Before anything is changed; with a stage for each of the model's own, all is well."""
+    model = backbone("convnext")
+    before = snapshot(model)
+    message = (
+        r"the blocks .stages.0.blocks.0. to .stages.1.blocks.0. feed one of 2 stages, and answer with 6 and 8 "
+        r"features\. Give as many dims and num_heads as the model has stages \(4\)"
+    )
+    with pytest.raises(TargetError, match=message):
+        inject(model, HierarchicalSideTuning(dims=(4, 6), num_heads=(2, 3)))
+    assert_unchanged(model, before)
+    inject(model, HierarchicalSideTuning(dims=(4, 4, 6, 6), num_heads=(2, 2, 3, 3)))
+    assert call("convnext", model).isfinite().all()
 
 
 def test_a_hierarchy_beside_text_is_refused() -> None:

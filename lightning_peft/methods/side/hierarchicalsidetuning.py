@@ -46,7 +46,7 @@ class HierarchicalSideTuning(SideMethod):
 
     Raises:
         AdapterError: ``num_heads`` do not divide ``dims``.
-        TargetError: no blocks are found, less than there are stages, or the model is one of text.
+        TargetError: no blocks are found, too few, or of several widths for one stage; or the model is one of text.
 
     >>> import torch
     >>> from lightning_peft import inject
