@@ -76,8 +76,8 @@ class Stage(MetaToken, Exit):
             own = stages_of([block.name for each in method.blocks(targets) for block in each])
             raise TargetError(
                 f"{self.who}: the blocks {blocks[0].name!r} to {blocks[-1].name!r} feed one of {len(method.dims)} "
-                f"stages, and answer with {' and '.join(map(str, widths))} features. Give as many dims and num_heads as "
-                f"the model has stages ({len(own)}), or name blocks of one width in taps."
+                f"stages, and answer with {' and '.join(map(str, widths))} features. Give as many dims and num_heads "
+                f"as the model has stages ({len(own)}), or name blocks of one width in taps."
             )
         d, before, axes = method.dims[stage], method.dims[stage - 1], axes_of(targets[0])
         self.fed_by, self.stage, self.answers = [b.index for b in blocks], stage, method.answers(stage)

@@ -12,6 +12,7 @@ from lightning_peft.engine import Kind, Target, TargetedMethod, TargetError, sel
 from lightning_peft.engine.limits import Patterns
 from lightning_peft.engine.slots import base_class, plain_name
 from lightning_peft.engine.targets import as_patterns, candidates, is_below, keep_layers, matches, module_target
+from lightning_peft.parts.attention import is_cross
 from lightning_peft.parts.blocks import find_blocks
 
 SublayerKind = Literal["attention", "feedforward"]
@@ -32,6 +33,7 @@ class Sublayer:
             scales what it gives, or an ``nn.MultiheadAttention`` as a whole.
         readers: all layers that read the input.
         norms: names of the block's norm layers of full width.
+        crosses: it is an attention that looks at another sequence.
     """
 
     kind: SublayerKind
@@ -41,6 +43,7 @@ class Sublayer:
     exit: Target
     readers: tuple[Target, ...]
     norms: tuple[str, ...]
+    crosses: bool = False
 
     @property
     def width(self) -> int:
@@ -232,12 +235,13 @@ def _attention(
         return None
     end, whole = ends[-1], _outer(block, path)
     parent = end.owner.rpartition(".")[0]
+    crosses = is_cross(_inner(parent, block), model.get_submodule(whole))
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
         attention = module_target(model, parent, width)
         readers = tuple(t for t in inside if t.owner == parent)
-        return Sublayer("attention", block, attention, end, attention, readers, norms)
+        return Sublayer("attention", block, attention, end, attention, readers, norms, crosses)
     readers = tuple(t for t in group if t is not end and t.d_in == width) or (end,)
-    return Sublayer("attention", block, readers[0], end, _exit(model, block, end, whole), readers, norms)
+    return Sublayer("attention", block, readers[0], end, _exit(model, block, end, whole), readers, norms, crosses)
 
 
 def _feedforward(

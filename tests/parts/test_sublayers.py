@@ -253,6 +253,16 @@ def test_a_cross_attention_is_an_attention_of_its_own() -> None:
     ]
 
 
+def test_what_looks_at_another_sequence_says_so() -> None:
+    """By its own name, not by that of something around the model."""
+    layer = nn.TransformerDecoderLayer(12, 3, 20, batch_first=True)
+    bart = of_transformers("BartModel", vocab_size=31, d_model=12, **_BART)
+    crossing = lambda model: {s.exit.name.split(".")[-2] for s in find_sublayers(model) if s.crosses}  # noqa: E731
+    assert crossing(bart) == {"encoder_attn"}
+    found = find_sublayers(nn.ModuleDict({"cross_encoder": nn.TransformerDecoder(layer, 2)}))
+    assert [s.exit.name.split(".")[-1] for s in found if s.crosses] == ["multihead_attn"] * 2
+
+
 def test_blocks_that_are_not_found_by_themselves_can_be_named() -> None:
     model = backbone("unet")
     with pytest.raises(TargetError, match=r"none of \d+ blocks .* has a feed-forward network\. Name other blocks"):
