@@ -277,7 +277,7 @@ class BlockTokens(Tokens):
             )
         if self.prompt is not None:
             x = self.prompt.shift(x, torch.arange(x.shape[1], device=x.device), x.shape[1])
-            x = self.insert(x, self.tokens().to(x.dtype).expand(len(x), -1, -1))
+            x = self.insert(x, self.tokens(len(x)).to(x.dtype))
         given = layer.arguments()
         others = _below(layer)
         n = x.shape[1] - self.p - sum(other.p for other in others if other.prompt is None)  # as its caller knows it
@@ -295,9 +295,10 @@ class BlockTokens(Tokens):
         own = self.remove(seen, after=after)
         return with_own(y, self.place, own)
 
-    def tokens(self) -> Tensor:
-        """(p, D)."""
-        return F.dropout(self.prompt(), self.dropping, self.training)  # type: ignore[misc]  # asked only where it is
+    def tokens(self, batch: int) -> Tensor:
+        """(batch, p, D): of each sample, others are dropped."""
+        prompt: Prompt = self.prompt  # type: ignore[assignment]  # asked only where it is
+        return F.dropout(prompt().expand(batch, -1, -1), self.dropping, self.training)
 
     def _argument(self, name: str, value: Any, given: dict[str, Any], n: int) -> Any:
         if name == "is_causal" and value:  # a hint that the longer mask does not keep to
@@ -328,7 +329,7 @@ class WindowTokens(BlockTokens):
         """What the block answers; the grid stays as it is."""
         block = layer.module
         seen = Record()
-        given = block.norm1(self.tokens().to(x.dtype)[None])
+        given = block.norm1(self.tokens(1).to(x.dtype))
         seen_by(seen, block.attn, lambda: block.attn(given), self.who)
         # those of the prompt alone: there may be a prefix in front of them
         keys, values = (t[0, :, -self.p :].transpose(0, 1).flatten(1) for t in (seen.key, seen.value))

@@ -90,6 +90,21 @@ def test_dropout_of_a_prompt_acts_in_training_alone() -> None:
     assert not torch.allclose(model(x), expected)
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_other_numbers_of_a_prompt_are_dropped_for_each_sample(deep: bool) -> None:
+    model = inject(base("vit"), VPT(num_virtual_tokens=P, dropout=0.5, deep=deep)).train()
+    seen: list[Tensor] = []
+    model.get_submodule("blocks.0.norm1").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(image()[:1].expand(3, -1, -1, -1))
+    prompts, table = seen[0][:, 1 : 1 + P], tables(model)[0]
+    assert not torch.equal(prompts[0], prompts[1])
+    kept = prompts != 0
+    torch.testing.assert_close(prompts, kept * 2 * table)
+    assert 0.2 < kept.double().mean() < 0.8
+    others = torch.cat([seen[0][:, :1], seen[0][:, 1 + P :]], dim=1)
+    assert torch.equal(others, others[:1].expand_as(others))
+
+
 def swin_by_hand(model: Any, prompts: list[Tensor], x: Tensor) -> Tensor:
     """The windows are cut out, prompts are put before their tokens, and thrown away behind each block."""
     h, prompts = model.patch_embed(x), list(prompts)
