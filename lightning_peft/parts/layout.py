@@ -89,6 +89,15 @@ def channels_first(module: nn.Module) -> bool:
     return False
 
 
+def convolves(module: nn.Module) -> bool:
+    """Whether a convolution in ``module`` looks at more than one place, so that its tokens have to lie in a grid.
+
+    >>> convolves(nn.Sequential(nn.Conv2d(3, 4, 1))), convolves(nn.Conv1d(3, 4, 3))
+    (False, True)
+    """
+    return any(isinstance(part, CONVOLUTIONS) and max(part.kernel_size) > 1 for part in module.modules())
+
+
 def width_of(module: nn.Module, name: str, who: str) -> int:
     """Features that ``module`` answers with: those of its last layer.
 

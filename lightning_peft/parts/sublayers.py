@@ -64,7 +64,7 @@ def find_sublayers(
     layers and 1x1 convolutions below something that is called an attention form one, which ends at the last of them
     that is as wide as the block. Of the others, the last that is as wide ends the feed-forward network, which begins
     at the first of the same child of the block. A block that convolves over more than one place, but for channels by
-    themselves, has none.
+    themselves and each place in turn, has none.
 
     Args:
         model: where to look.
@@ -286,9 +286,9 @@ def _mixes_channels(target: Target) -> bool:
 
 
 def _convolves(module: Any) -> bool:
-    """Whether it mixes channels of more than one place."""
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return convolution and set(module.kernel_size) != {1} and module.groups != module.in_channels
+    """Whether it mixes channels of more than one place, or leaves places out."""
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) != {1}
+    return convolution and (module.groups != module.in_channels or set(module.stride) != {1})
 
 
 def _attention_around(block: nn.Module, path: str) -> str | None:

@@ -10,7 +10,7 @@ from lightning_peft.engine import Target, TargetError, select_modules
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import candidates, is_below, module_target
 from lightning_peft.parts.blocks import find_blocks
-from lightning_peft.parts.layout import CONVOLUTIONS, channels_first, width_in, width_of
+from lightning_peft.parts.layout import CONVOLUTIONS, channels_first, convolves, width_in, width_of
 
 Role = Literal["entry", "tap", "exit"]
 
@@ -170,3 +170,8 @@ def looks_at_all(module: nn.Module) -> bool:
     parts = dict(module.named_modules())
     attends = any("attn" in name or "attention" in name for name in parts)
     return attends and not channels_first(module) and not any(hasattr(part, "window_size") for part in parts.values())
+
+
+def takes_any_number(module: nn.Module) -> bool:
+    """Whether `looks_at_all` is true of ``module``, and nothing in it wants its tokens in a grid."""
+    return looks_at_all(module) and not convolves(module)

@@ -353,6 +353,10 @@ def test_models_that_cannot_carry_tokens_are_refused() -> None:
     second = timm.create_model("swinv2_tiny_window8_256", **{**SWIN, "window_size": 4})
     with pytest.raises(TargetError, match="looks at windows, in a way that is not known here"):
         inject(second, VPT())
+    hiera = timm.create_model("hiera_tiny_224", img_size=(64, 64), embed_dim=8, stages=(1, 1, 1, 1))
+    for method in (VPT(), PromptTuning()):  # its attention, not its block, has the windows
+        with pytest.raises(TargetError, match="'blocks.0', a HieraBlock, looks at windows"):
+            inject(hiera, method)
     sequence_first = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 20), 2, enable_nested_tensor=False)
     with pytest.raises(TargetError, match="batch_first=False"):
         inject(sequence_first, VPT())

@@ -295,6 +295,21 @@ def test_a_block_of_convolutions_has_no_feedforward_network() -> None:
         assert [t.site.kind for t in layers] == ["conv"] * 5
 
 
+def test_what_leaves_places_out_is_no_feedforward_network() -> None:
+    """A branch beside it would answer for more places than there are behind it."""
+
+    def inverted(stride: int) -> nn.Module:
+        depthwise = nn.Conv2d(6, 6, 3, stride, padding=1, groups=6)
+        return nn.Sequential(nn.Conv2d(4, 6, 1), depthwise, nn.Conv2d(6, 4, 1))
+
+    assert len(find_sublayers(nn.ModuleList([inverted(1), inverted(1)]), ("feedforward",))) == 2
+    with pytest.raises(TargetError, match=r"none of 2 blocks .* has a feed-forward network"):
+        find_sublayers(nn.ModuleList([inverted(2), inverted(2)]), ("feedforward",))
+    maxvit = of_timm("maxvit_nano_rw_256", img_size=64)
+    model = inject(maxvit, ParallelAdapter(r=2)).eval()
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
 @pytest.mark.parametrize(
     ("method", "model", "message"),
     [

@@ -24,7 +24,7 @@ from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, TargetE
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.targets import module_target
 from lightning_peft.parts.layout import width_of
-from lightning_peft.parts.taps import blocks_to_tap, looks_at_all
+from lightning_peft.parts.taps import blocks_to_tap, takes_any_number
 
 _ATTENTIONS, _KEYS, _MLPS = ("attn", "attention"), ("qkv", "k_proj", "key", "to_k"), ("mlp", "ffn")
 
@@ -93,7 +93,7 @@ class PYRA(MethodWithHead):
             attention, mlp = (_child(block, name, keys) for keys in (_ATTENTIONS, _MLPS))
             inner = block.get_submodule(attention)
             keys = _child(inner, name, _KEYS)
-            if not looks_at_all(block) or "norm" not in next(key for key, _ in block.named_children()):
+            if not takes_any_number(block) or "norm" not in next(key for key, _ in block.named_children()):
                 raise TargetError(
                     f"PYRA: {name!r} does not begin with a norm of its own before an attention that looks at all "
                     "tokens, as far as is known here. Choose a plain ViT of timm, where it does."
