@@ -13,6 +13,7 @@ from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, MethodWith
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.slots import base_class
 from lightning_peft.parts.attention import Prepend, Record, seen_by
+from lightning_peft.parts.caches import tokens_in
 from lightning_peft.parts.layout import own_of, own_place, with_own
 from lightning_peft.parts.tokens import TokenTarget, embedding_of, stack_targets, text_targets
 
@@ -100,7 +101,7 @@ class TextTokens(Tokens):
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = layer.module.get_input_embeddings()(given["input_ids"])
-        past = self._past(given.get("cache", given.get("past_key_values")))
+        past = tokens_in(given.get("cache", given.get("past_key_values")), self.who)
         before = max(
             past - self.p - sum(other.p for other in _below(layer)), 0
         )  # tokens of the text that the cache holds
@@ -153,15 +154,6 @@ class TextTokens(Tokens):
         """What the module answers when it is given this."""
         first = layer.keyword or layer.module._parameter_names[0]
         return layer(given.pop(first, None), **given)
-
-    def _past(self, cache: Any) -> int:
-        try:
-            return 0 if cache is None else int(cache.get_seq_length())
-        except (ValueError, AttributeError):
-            raise AdapterError(
-                f"{self.who}: {type(cache).__name__} does not say how many tokens it holds, so it is not known whether "
-                "the prompt is among them. Call the model with use_cache=False."
-            ) from None
 
     def _check(self, given: dict[str, Any], before: int, n: int) -> None:
         mask = given.get("attention_mask")

@@ -11,6 +11,7 @@ from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import candidates, is_below, module_target
 from lightning_peft.parts.blocks import find_blocks
 from lightning_peft.parts.layout import CONVOLUTIONS, channels_first, convolves, width_in, width_of
+from lightning_peft.parts.tokens import keeps_cache
 
 Role = Literal["entry", "tap", "exit"]
 
@@ -161,8 +162,10 @@ def _check_batch_first(module: nn.Module, name: str, who: str) -> None:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether an attention in ``module`` says of itself that tokens look back alone."""
-    return any(getattr(part, flag, None) is True for part in module.modules() for flag in ("is_causal", "is_decoder"))
+    """Whether tokens look back alone, as a part of ``module`` says; if none does, whether it keeps a cache."""
+    flags = (getattr(part, flag, None) for part in module.modules() for flag in ("is_causal", "is_decoder"))
+    said = [flag for flag in flags if isinstance(flag, bool)]
+    return any(said) if said else keeps_cache(module)
 
 
 def looks_at_all(module: nn.Module) -> bool:

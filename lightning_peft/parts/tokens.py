@@ -127,8 +127,12 @@ def parameters_of(module: Any) -> tuple[str, ...]:
 def is_causal(part: nn.Module) -> bool:
     """As its attentions say; one that says nothing is, if it keeps a cache."""
     said = [m.is_causal for m in find_attentions(part).values() if isinstance(getattr(m, "is_causal", None), bool)]
-    caches = {"cache", "past_key_values", "cache_params"} & set(parameters_of(part))
-    return any(said) if said else bool(caches)
+    return any(said) if said else keeps_cache(part)
+
+
+def keeps_cache(module: nn.Module) -> bool:
+    """Whether ``module`` is given a cache of earlier tokens."""
+    return not {"cache", "past_key_values", "cache_params"}.isdisjoint(parameters_of(module))
 
 
 def embedding_of(part: Any) -> nn.Embedding | None:

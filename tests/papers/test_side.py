@@ -457,6 +457,22 @@ def test_generating_with_a_cache_is_refused_and_without_one_works(name: str) -> 
     assert model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False).shape == (1, 6)
 
 
+@pytest.mark.parametrize("name", ["ladder", "unipt"])
+def test_a_model_that_keeps_a_state_looks_back_alone(name: str) -> None:
+    """Nothing in it attends, or says that it is causal; and its cache does not say how much it holds."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=31, hidden_size=12, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(1)
+    model = transformers.MambaForCausalLM(config).double().eval()
+    moved(inject(model, type(METHODS[name])(r=2, modules_to_save=())))
+    ids = torch.tensor([[3, 5, 7, 2]])
+    with pytest.raises(AdapterError, match=r"does not say how many tokens it holds.*use_cache=False"):
+        model(ids)
+    before, after = (model(i, use_cache=False).logits for i in (ids, torch.tensor([[3, 5, 7, 9]])))
+    torch.testing.assert_close(after[:, :3], before[:, :3])
+    assert not torch.allclose(after[:, 3], before[:, 3])
+
+
 @pytest.mark.parametrize("name", ["side", "levi"])
 def test_a_network_of_single_tokens_generates_with_a_cache(name: str) -> None:
     method = type(METHODS[name])(**{**vars(METHODS[name]), "modules_to_save": ()})
