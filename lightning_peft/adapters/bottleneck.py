@@ -55,28 +55,32 @@ class Stash:
         of: name of the layer whose input is looked for; for errors.
         around: whether the block and its norm layers are tapped, to find what that input was normalised from.
         block: input of the block.
-        normed: input and output of the norm layer of the block that ran last.
+        normed: name of the norm layer of the block that ran last, its input and its output.
         prenorm: whether some norm layer was given what the block was given; kept, as an activation checkpoint inside
             of the block computes again without a call of the block. None before the first forward.
+        norm: name of the one that ran last before the sub-layer, kept for the same reason; what others behind it see
+            is left alone, or it would outlive the forward.
         value: input of the branch.
     """
 
     of: str
     around: bool = False
     block: Tensor | None = None
-    normed: tuple[Tensor, Tensor] | None = None
+    normed: tuple[str, Tensor, Tensor] | None = None
     prenorm: bool | None = None
+    norm: str = ""
     value: Tensor | None = None
 
     def begin(self, x: Tensor) -> None:
         """The block is given ``x``."""
-        self.block, self.normed, self.prenorm = x, None, False
+        self.block, self.normed, self.prenorm, self.norm = x, None, False, ""
 
-    def normalise(self, x: Tensor, y: Tensor) -> None:
-        """A norm layer of the block answers ``y`` for ``x``."""
-        self.normed = (x, y)
+    def normalise(self, name: str, x: Tensor, y: Tensor) -> None:
+        """The norm layer ``name`` of the block answers ``y`` for ``x``."""
         if x is self.block:
             self.prenorm = True
+        if self.prenorm is not False and self.norm in ("", name):
+            self.normed = (name, x, y)
 
     def enter(self, x: Tensor) -> None:
         """The sub-layer is given ``x``: keep the residual stream that ``x`` was normalised from, or ``x`` itself."""
@@ -88,13 +92,14 @@ class Stash:
                     "was called before it. Call the whole block, and let activation checkpoints hold whole blocks; or "
                     "use ParallelAdapter, whose branches read the input of the layer."
                 )
-            if self.normed[1] is x:
-                self.value = self.normed[0]
+            self.norm, before, normed = self.normed
+            if normed is x:
+                self.value = before
         self.block, self.normed = None, None
 
     def take(self) -> Tensor:
         """The input of the branch, which is forgotten here."""
-        value, self.value, self.normed = self.value, None, None
+        value, self.value = self.value, None
         if value is None:
             raise AdapterError(
                 f"the branch beside {self.of!r} waits for the input of its sub-layer, and {self.of!r} was not called "
@@ -106,9 +111,9 @@ class Stash:
 class Tap(Adapter):
     """Puts what a module is given, or answers, into a stash; changes nothing."""
 
-    def __init__(self, stash: Stash, role: str) -> None:
+    def __init__(self, target: Linked, stash: Stash) -> None:
         super().__init__()
-        self.stash, self.role = stash, role
+        self.name, self.role, self.stash = target.name, target.role, stash
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """layer(x)."""
@@ -118,7 +123,7 @@ class Tap(Adapter):
             self.stash.enter(x)
         y = layer(x)
         if self.role == "norm":
-            self.stash.normalise(x, y)
+            self.stash.normalise(self.name, x, y)
         return y
 
     def unmergeable_because(self) -> str | None:
@@ -228,4 +233,4 @@ def with_taps(targets: Sequence[Target], make: Callable[[Target, Stash | None], 
     taps = [t for t in targets if isinstance(t, Linked)]
     around = {t.to for t in taps if t.role == "block"}
     stashes = {t.to: Stash(t.name, t.to in around) for t in taps if t.role == "entry"}
-    return [Tap(stashes[t.to], t.role) if isinstance(t, Linked) else make(t, stashes.get(t.name)) for t in targets]
+    return [Tap(t, stashes[t.to]) if isinstance(t, Linked) else make(t, stashes.get(t.name)) for t in targets]

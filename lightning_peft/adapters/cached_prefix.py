@@ -10,7 +10,7 @@ from lightning_peft.adapters.prefix import Trunk, normal, uniform
 from lightning_peft.adapters.prompts import Prompt, TextTokens, Tokens, documents
 from lightning_peft.engine import AdapterError, Layer
 from lightning_peft.engine.slots import base_class
-from lightning_peft.parts.caches import CACHES, CacheTarget, empty_cache
+from lightning_peft.parts.caches import CACHES, CacheTarget, empty_cache, tokens_in
 
 
 class KeysAndValues(Prompt):
@@ -77,21 +77,21 @@ class CachedPrefix(TextTokens):
             )
         name = next(name for name in CACHES if name in (given.keys() & {*CACHES} or module._parameter_names))
         cache = theirs = given.get(name)
-        past = self._past(cache)
+        past = tokens_in(cache, self.who)
         batch, n = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[:2]
         self._check(given, max(past - self.p - sum(other.p for other in below), 0), n)
         if cache is None:
             cache = empty_cache(module, given.get("encoder_hidden_states") is not None)
         if not past:  # then those below find their prefix there
             self._fill(cache, [*below, self], batch, module.get_input_embeddings().weight.dtype)
-        held = self._past(cache)
+        held = tokens_in(cache, self.who)
         use = given.get("use_cache")
         asked = self.causal and (getattr(module.config, "use_cache", False) if use is None else use)
 
         # where layers are computed again in the backward pass, they are not given the cache
         again = getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()
         answer = None if again else self.answer(self._moved_on(given, packed=not past) | {name: cache}, layer)
-        if again or self._past(cache) != held + n:
+        if again or tokens_in(cache, self.who) != held + n:
             raise AdapterError(
                 f"{self.who}: the layers of {base_class(module).__name__} do not use the cache that it is given, so no "
                 "token sees the prefix. Gradient checkpointing of transformers takes it away: switch that off, or use "

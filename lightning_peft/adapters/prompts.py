@@ -13,6 +13,7 @@ from lightning_peft.engine import Adapter, AdapterError, Kind, Layer, MethodWith
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.slots import base_class
 from lightning_peft.parts.attention import Prepend, Record, seen_by
+from lightning_peft.parts.caches import tokens_in
 from lightning_peft.parts.layout import own_of, own_place, with_own
 from lightning_peft.parts.tokens import TokenTarget, embedding_of, stack_targets, text_targets
 
@@ -100,7 +101,7 @@ class TextTokens(Tokens):
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = layer.module.get_input_embeddings()(given["input_ids"])
-        past = self._past(given.get("cache", given.get("past_key_values")))
+        past = tokens_in(given.get("cache", given.get("past_key_values")), self.who)
         before = max(
             past - self.p - sum(other.p for other in _below(layer)), 0
         )  # tokens of the text that the cache holds
@@ -153,15 +154,6 @@ class TextTokens(Tokens):
         """What the module answers when it is given this."""
         first = layer.keyword or layer.module._parameter_names[0]
         return layer(given.pop(first, None), **given)
-
-    def _past(self, cache: Any) -> int:
-        try:
-            return 0 if cache is None else int(cache.get_seq_length())
-        except (ValueError, AttributeError):
-            raise AdapterError(
-                f"{self.who}: {type(cache).__name__} does not say how many tokens it holds, so it is not known whether "
-                "the prompt is among them. Call the model with use_cache=False."
-            ) from None
 
     def _check(self, given: dict[str, Any], before: int, n: int) -> None:
         mask = given.get("attention_mask")
@@ -277,7 +269,7 @@ class BlockTokens(Tokens):
             )
         if self.prompt is not None:
             x = self.prompt.shift(x, torch.arange(x.shape[1], device=x.device), x.shape[1])
-            x = self.insert(x, self.tokens().to(x.dtype).expand(len(x), -1, -1))
+            x = self.insert(x, self.tokens(len(x)).to(x.dtype))
         given = layer.arguments()
         others = _below(layer)
         n = x.shape[1] - self.p - sum(other.p for other in others if other.prompt is None)  # as its caller knows it
@@ -295,9 +287,10 @@ class BlockTokens(Tokens):
         own = self.remove(seen, after=after)
         return with_own(y, self.place, own)
 
-    def tokens(self) -> Tensor:
-        """(p, D)."""
-        return F.dropout(self.prompt(), self.dropping, self.training)  # type: ignore[misc]  # asked only where it is
+    def tokens(self, batch: int) -> Tensor:
+        """(batch, p, D): of each sample, others are dropped."""
+        prompt: Prompt = self.prompt  # type: ignore[assignment]  # asked only where it is
+        return F.dropout(prompt().expand(batch, -1, -1), self.dropping, self.training)
 
     def _argument(self, name: str, value: Any, given: dict[str, Any], n: int) -> Any:
         if name == "is_causal" and value:  # a hint that the longer mask does not keep to
@@ -328,7 +321,7 @@ class WindowTokens(BlockTokens):
         """What the block answers; the grid stays as it is."""
         block = layer.module
         seen = Record()
-        given = block.norm1(self.tokens().to(x.dtype)[None])
+        given = block.norm1(self.tokens(1).to(x.dtype))
         seen_by(seen, block.attn, lambda: block.attn(given), self.who)
         # those of the prompt alone: there may be a prefix in front of them
         keys, values = (t[0, :, -self.p :].transpose(0, 1).flatten(1) for t in (seen.key, seen.value))

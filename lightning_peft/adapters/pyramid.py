@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lightning_peft.adapters.side import Exit, Kept, Quiet, Stash
 from lightning_peft.adapters.small_nets import Affine, Norm
-from lightning_peft.engine import AdapterError, Layer, Target
+from lightning_peft.engine import AdapterError, Layer, Target, TargetError
+from lightning_peft.parts.blocks import stages_of
 from lightning_peft.parts.layout import as_map, from_map, grid_of, own_of, resample, with_own
 from lightning_peft.parts.taps import Tap, axes_of
 
@@ -70,6 +71,14 @@ class Stage(MetaToken, Exit):
     def __init__(self, target: Tap, stash: Stash, method: Any, targets: list[Tap], stage: int) -> None:
         super().__init__(target, stash, method, targets)
         blocks = method.blocks(targets)[stage]
+        widths = sorted({block.d_out for block in blocks})
+        if len(widths) > 1:  # there is one bridge
+            own = stages_of([block.name for each in method.blocks(targets) for block in each])
+            raise TargetError(
+                f"{self.who}: the blocks {blocks[0].name!r} to {blocks[-1].name!r} feed one of {len(method.dims)} "
+                f"stages, and answer with {' and '.join(map(str, widths))} features. Give as many dims and num_heads "
+                f"as the model has stages ({len(own)}), or name blocks of one width in taps."
+            )
         d, before, axes = method.dims[stage], method.dims[stage - 1], axes_of(targets[0])
         self.fed_by, self.stage, self.answers = [b.index for b in blocks], stage, method.answers(stage)
         if stage == 0:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.small_nets import Part
 from lightning_peft.engine import Adapter, AdapterError, Layer, MethodWithHead, Target, TargetError
 from lightning_peft.engine.limits import Patterns
+from lightning_peft.parts.caches import tokens_in
 from lightning_peft.parts.layout import Entered, entered, from_last, own_of, own_place, resample, to_last, with_own
 from lightning_peft.parts.taps import Tap, blocks_to_tap, is_causal, taps_of
 
@@ -122,7 +123,7 @@ class Quiet(Adapter):
     def check_cache(self, layer: Layer) -> None:
         """Refuse earlier tokens that only the model's own attention would see."""
         for value in layer.arguments().values() if self.attends else ():
-            if hasattr(value, "get_seq_length") and value.get_seq_length() > 0:
+            if hasattr(value, "get_seq_length") and tokens_in(value, self.who) > 0:
                 raise AdapterError(
                     f"{self.who}: {self.name!r} was given a cache of earlier tokens, which the side network does not "
                     "have. Generate with use_cache=False."
@@ -271,7 +272,7 @@ class SideMethod(MethodWithHead):
         taps: the blocks that feed it, by default all: the path of their list, or patterns of single blocks, in the
             order of their calls. The last is where the side network answers.
         causal: whether tokens look back alone, as in language models; by default as the attention in the blocks says
-            of itself. Where a model of your own does not say, this does.
+            of itself, or else whether they keep a cache. Where a model of your own does not say, this does.
         modules_to_save: modules trained whole.
     """
 

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_peft.adapters.small_nets import Norm
 from lightning_peft.engine import Adapter, AdapterError, Layer, Target
+from lightning_peft.parts.attention import Products, seen_by
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Merging:
     def __init__(self) -> None:
         self.skipped = ""  # the branch that is not called now
         self.keys: Tensor | None = None
+        self.size: Tensor | None = None  # of each token that the attention looks at; None while all are single
         self.state: tuple[Tensor, Tensor] | None = None  # size of each token; which one holds each of the first
         self.before = WeakTensorKeyDictionary()  # by the input of a block: its state, for checkpoints that run it again
 
@@ -48,12 +50,33 @@ class Merging:
         return Merging, ()
 
 
-class Branch(Adapter):
-    """Lets one branch of a block be left out, and keeps the keys of its attention."""
+class Proportional(Products):
+    """Lets a token that stands for n of them count n times: log n is added to the scores of its key.
 
-    def __init__(self, target: Merged, merging: Merging) -> None:
+    Args:
+        size: (B, N, 1).
+    """
+
+    def __init__(self, size: Tensor) -> None:
         super().__init__()
-        self.merging, self.role, self.heads = merging, target.role, target.heads
+        self.size = size
+
+    def product(self, given: dict[str, Any]) -> Tensor:
+        """The product with those scores; keys that came in front of the tokens are single."""
+        query, mask = given["query"], given.get("attn_mask")
+        more = self.size.log().to(query.dtype).transpose(1, 2)[:, None]  # (B, 1, 1, N)
+        more = F.pad(more, (given["key"].shape[-2] - more.shape[-1], 0))
+        if mask is not None:
+            more = more.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else more + mask
+        return F.scaled_dot_product_attention(**given | {"attn_mask": more})
+
+
+class Branch(Adapter):
+    """Lets one branch of a block be left out; tells its attention how large tokens are, and keeps its keys."""
+
+    def __init__(self, target: Merged, merging: Merging, who: str) -> None:
+        super().__init__()
+        self.merging, self.who, self.role, self.heads = merging, who, target.role, target.heads
         self.fused = target.name.endswith("qkv")
 
     def forward(self, x: Any, layer: Layer) -> Any:
@@ -63,7 +86,11 @@ class Branch(Adapter):
             k = y.chunk(3, dim=-1)[1] if self.fused else y
             self.merging.keys = k.detach().unflatten(-1, (self.heads, -1)).mean(-2)
             return y
-        return torch.zeros_like(x) if self.merging.skipped == self.role else layer(x)
+        if self.merging.skipped == self.role:
+            return torch.zeros_like(x)
+        if self.role == "mlp" or self.merging.size is None:
+            return layer(x)
+        return seen_by(Proportional(self.merging.size), layer.module, lambda: layer(x), self.who)
 
 
 class Merge(Adapter):
@@ -100,6 +127,7 @@ class Merge(Adapter):
                     "them. Choose a model whose blocks take tokens alone."
                 )
         size, origin = self.begin(x)
+        merging.size = None if x.shape[1] == origin.shape[1] else size
         if not self.r:
             y = layer(x)
         else:
@@ -112,7 +140,7 @@ class Merge(Adapter):
             keys, merging.keys = merging.keys, None
             h, size, origin = self.merge(h, keys, size, origin)
             y = self.without("attention", h, layer)
-        merging.keys, merging.state = None, None if self.last else (size, origin)
+        merging.keys, merging.size, merging.state = None, None, None if self.last else (size, origin)
         return y.gather(1, origin[..., None].expand(-1, -1, y.shape[-1])) if self.last else y
 
     def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:

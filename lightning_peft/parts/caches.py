@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.engine import TargetError
+from lightning_peft.engine import AdapterError, TargetError
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import as_patterns, matches
 from lightning_peft.parts.attention import find_attentions, heads_of, is_cross, widths_of
@@ -93,6 +93,21 @@ def _layers(part: nn.Module, who: str) -> tuple[Kept, ...]:
             f"write the layers {sorted(layers)}. Use place='attention'."
         )
     return tuple(layers[index] for index in sorted(layers))
+
+
+def tokens_in(cache: Any, who: str) -> int:
+    """How many tokens ``cache`` holds; 0 if there is none.
+
+    Raises:
+        AdapterError: it does not say.
+    """
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except (ValueError, AttributeError):
+        raise AdapterError(
+            f"{who}: {type(cache).__name__} does not say how many tokens it holds, so it is not known whether a text "
+            "begins or goes on. Call the model with use_cache=False."
+        ) from None
 
 
 def empty_cache(part: Any, with_text: bool) -> Any:

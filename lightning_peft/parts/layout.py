@@ -81,12 +81,24 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Module, Site]]:
 def channels_first(module: nn.Module) -> bool:
     """Whether ``module`` answers with its channels on axis 1: its first layer is a convolution, or a norm of such maps.
 
+    A convolution of each channel of a sequence by itself does not tell: blocks of tokens have such inside (Mamba).
+
     >>> channels_first(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(4))), channels_first(nn.LayerNorm(4))
     (True, False)
     """
     for _, layer, _ in layers_of(module):
-        return isinstance(layer, _FIRST) or "2d" in base_class(layer).__name__.lower()
+        if not (isinstance(layer, nn.Conv1d) and layer.groups == layer.in_channels > 1):
+            return isinstance(layer, _FIRST) or "2d" in base_class(layer).__name__.lower()
     return False
+
+
+def convolves(module: nn.Module) -> bool:
+    """Whether a convolution in ``module`` looks at more than one place, so that its tokens have to lie in a grid.
+
+    >>> convolves(nn.Sequential(nn.Conv2d(3, 4, 1))), convolves(nn.Conv1d(3, 4, 3))
+    (False, True)
+    """
+    return any(isinstance(part, CONVOLUTIONS) and max(part.kernel_size) > 1 for part in module.modules())
 
 
 def width_of(module: nn.Module, name: str, who: str) -> int:

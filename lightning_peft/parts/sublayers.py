@@ -12,6 +12,7 @@ from lightning_peft.engine import Kind, Target, TargetedMethod, TargetError, sel
 from lightning_peft.engine.limits import Patterns
 from lightning_peft.engine.slots import base_class, plain_name
 from lightning_peft.engine.targets import as_patterns, candidates, is_below, keep_layers, matches, module_target
+from lightning_peft.parts.attention import is_cross
 from lightning_peft.parts.blocks import find_blocks
 
 SublayerKind = Literal["attention", "feedforward"]
@@ -32,6 +33,7 @@ class Sublayer:
             scales what it gives, or an ``nn.MultiheadAttention`` as a whole.
         readers: all layers that read the input.
         norms: names of the block's norm layers of full width.
+        crosses: it is an attention that looks at another sequence.
     """
 
     kind: SublayerKind
@@ -41,6 +43,7 @@ class Sublayer:
     exit: Target
     readers: tuple[Target, ...]
     norms: tuple[str, ...]
+    crosses: bool = False
 
     @property
     def width(self) -> int:
@@ -61,7 +64,7 @@ def find_sublayers(
     layers and 1x1 convolutions below something that is called an attention form one, which ends at the last of them
     that is as wide as the block. Of the others, the last that is as wide ends the feed-forward network, which begins
     at the first of the same child of the block. A block that convolves over more than one place, but for channels by
-    themselves, has none.
+    themselves and each place in turn, has none.
 
     Args:
         model: where to look.
@@ -232,12 +235,13 @@ def _attention(
         return None
     end, whole = ends[-1], _outer(block, path)
     parent = end.owner.rpartition(".")[0]
+    crosses = is_cross(_inner(parent, block), model.get_submodule(whole))
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
         attention = module_target(model, parent, width)
         readers = tuple(t for t in inside if t.owner == parent)
-        return Sublayer("attention", block, attention, end, attention, readers, norms)
+        return Sublayer("attention", block, attention, end, attention, readers, norms, crosses)
     readers = tuple(t for t in group if t is not end and t.d_in == width) or (end,)
-    return Sublayer("attention", block, readers[0], end, _exit(model, block, end, whole), readers, norms)
+    return Sublayer("attention", block, readers[0], end, _exit(model, block, end, whole), readers, norms, crosses)
 
 
 def _feedforward(
@@ -282,9 +286,9 @@ def _mixes_channels(target: Target) -> bool:
 
 
 def _convolves(module: Any) -> bool:
-    """Whether it mixes channels of more than one place."""
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return convolution and set(module.kernel_size) != {1} and module.groups != module.in_channels
+    """Whether it mixes channels of more than one place, or leaves places out."""
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and set(module.kernel_size) != {1}
+    return convolution and (module.groups != module.in_channels or set(module.stride) != {1})
 
 
 def _attention_around(block: nn.Module, path: str) -> str | None:

@@ -10,7 +10,8 @@ from lightning_peft.engine import Target, TargetError, select_modules
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import candidates, is_below, module_target
 from lightning_peft.parts.blocks import find_blocks
-from lightning_peft.parts.layout import CONVOLUTIONS, channels_first, width_in, width_of
+from lightning_peft.parts.layout import CONVOLUTIONS, channels_first, convolves, width_in, width_of
+from lightning_peft.parts.tokens import keeps_cache
 
 Role = Literal["entry", "tap", "exit"]
 
@@ -161,8 +162,10 @@ def _check_batch_first(module: nn.Module, name: str, who: str) -> None:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether an attention in ``module`` says of itself that tokens look back alone."""
-    return any(getattr(part, flag, None) is True for part in module.modules() for flag in ("is_causal", "is_decoder"))
+    """Whether tokens look back alone, as a part of ``module`` says; if none does, whether it keeps a cache."""
+    flags = (getattr(part, flag, None) for part in module.modules() for flag in ("is_causal", "is_decoder"))
+    said = [flag for flag in flags if isinstance(flag, bool)]
+    return any(said) if said else keeps_cache(module)
 
 
 def looks_at_all(module: nn.Module) -> bool:
@@ -170,3 +173,8 @@ def looks_at_all(module: nn.Module) -> bool:
     parts = dict(module.named_modules())
     attends = any("attn" in name or "attention" in name for name in parts)
     return attends and not channels_first(module) and not any(hasattr(part, "window_size") for part in parts.values())
+
+
+def takes_any_number(module: nn.Module) -> bool:
+    """Whether `looks_at_all` is true of ``module``, and nothing in it wants its tokens in a grid."""
+    return looks_at_all(module) and not convolves(module)

@@ -14,6 +14,7 @@ from lightning_peft.engine.slots import base_class, is_slot, plain_name
 from lightning_peft.engine.targets import is_below, module_target
 from lightning_peft.parts.attention import find_attentions, widths_of
 from lightning_peft.parts.blocks import find_blocks
+from lightning_peft.parts.layout import convolves
 
 # tokens of their own that models put before those of the input: (1, n, D), or (D,) for one
 _CLASS_TOKENS = frozenset(
@@ -126,8 +127,12 @@ def parameters_of(module: Any) -> tuple[str, ...]:
 def is_causal(part: nn.Module) -> bool:
     """As its attentions say; one that says nothing is, if it keeps a cache."""
     said = [m.is_causal for m in find_attentions(part).values() if isinstance(getattr(m, "is_causal", None), bool)]
-    caches = {"cache", "past_key_values", "cache_params"} & set(parameters_of(part))
-    return any(said) if said else bool(caches)
+    return any(said) if said else keeps_cache(part)
+
+
+def keeps_cache(module: nn.Module) -> bool:
+    """Whether ``module`` is given a cache of earlier tokens."""
+    return not {"cache", "past_key_values", "cache_params"}.isdisjoint(parameters_of(module))
 
 
 def embedding_of(part: Any) -> nn.Embedding | None:
@@ -188,7 +193,8 @@ def stack_targets(
     for name in names:
         _check_block(model, name, [attentions[a] for a in inside[name]], who)
     biased = any(_has_bias(attentions[a]) for name in names for a in inside[name])
-    windows = biased or any(getattr(model.get_submodule(name), "window_size", None) for name in names)
+    parts = [part for name in names for part in model.get_submodule(name).modules()]
+    windows = biased or any(getattr(part, "window_size", None) for part in parts)
     stacks = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     if windows:
         _check_windows(model, names, deep, who)
@@ -217,7 +223,7 @@ def stack_targets(
 def _check_block(model: nn.Module, name: str, attentions: list[nn.Module], who: str) -> None:
     block = model.get_submodule(name)
     kind = base_class(block).__name__
-    spatial = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(m.kernel_size) > 1 for m in block.modules())
+    spatial = convolves(block)
     if spatial or not attentions:
         found = "convolutions over a grid" if spatial else "no attention, so the number of its tokens is fixed"
         raise TargetError(

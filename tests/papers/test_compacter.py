@@ -118,18 +118,23 @@ def test_what_is_adapted_and_what_trains() -> None:
     assert in_place == {f"{norm}.{parameter}" for norm in norms for parameter in ("weight", "bias")}
 
 
-def test_the_count_is_that_of_the_paper() -> None:
-    """T5-base, with a bottleneck of 24: 0.073 % of 222 million numbers and the norm layers."""
+@pytest.mark.parametrize(("after_attention", "percent"), [(True, 0.073), (False, 0.047)])
+def test_the_count_is_that_of_the_paper(after_attention: bool, percent: float) -> None:
+    """Of T5-base, with a bottleneck of 24 and all norm layers; there is none behind cross-attentions."""
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, feed_forward_proj="relu")
     with torch.device("meta"):
         t5 = transformers.T5ForConditionalGeneration(config)
-    method = Compacter(train_norms=False)
+    method = Compacter(after_attention=after_attention)
     targets = method.targets(t5)
     assert {method.width(t) for t in targets} == {24}
-    # attention, cross-attention and feed-forward network of each block
-    assert len(targets) == 12 * 2 + 12 * 3
-    assert method.total_trainable(targets) == 4**3 + 60 * (2 * (768 + 24) + 768 + 24)
+    assert len(targets) == 24 * (1 + after_attention)
+    assert not any("EncDecAttention" in target.name for target in targets)
+    adapters = 4**3 + len(targets) * (2 * (768 + 24) + 768 + 24)
+    assert method.total_trainable(targets) == adapters
+    norms = sum(t5.get_parameter(name).numel() for name in method.trained_in_place(t5))
+    assert norms == (2 * 12 + 1 + 3 * 12 + 1) * 768
+    assert round(100 * (adapters + norms) / sum(p.numel() for p in t5.parameters()), 3) == percent
 
 
 def test_widths_are_multiples_of_n() -> None:

@@ -142,14 +142,49 @@ def test_named_layers_get_branches_of_their_own() -> None:
     torch.testing.assert_close(model(x), base + branch(adapter, x, 4.0))
 
 
-def test_nothing_of_a_forward_is_kept() -> None:
-    for method in (ParallelAdapter(r=2), AdaptFormer(r=2)):
-        model = inject(tiny(method), method)
-        model(torch.randn(2, 5, 7))
-        stashes = {id(a.stash): a.stash for _, _, a in adapters_of(model) if isinstance(a, Tap)}
-        assert len(stashes) == 2
-        for stash in stashes.values():
-            assert (stash.block, stash.normed, stash.value) == (None, None, None)
+class Sandwiched(TinyBlock):
+    """Normalises the answer of its feed-forward network, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm3 = nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.norm3(self.mlp(self.norm2(x)))
+
+
+def sandwich() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(Sandwiched(), Sandwiched())
+
+
+@pytest.mark.parametrize("method", [ParallelAdapter(r=2), AdaptFormer(r=2)])
+@pytest.mark.parametrize(
+    ("build", "ask"),
+    [
+        (lambda: tiny(AdaptFormer()), lambda model: model(torch.randn(2, 5, 7))),
+        (lambda: backbone("bert"), lambda model: call("bert", model)),  # normalises behind the add
+        (sandwich, lambda model: model(torch.randn(2, 5, 12))),
+    ],
+    ids=["tiny", "bert", "sandwich"],
+)
+def test_nothing_of_a_forward_is_kept(build: Any, ask: Any, method: Any) -> None:
+    model = inject(build(), method)
+    ask(model)
+    stashes = {id(a.stash): a.stash for _, _, a in adapters_of(model) if isinstance(a, Tap)}
+    assert len(stashes) == 2
+    for stash in stashes.values():
+        assert (stash.block, stash.normed, stash.value) == (None, None, None)
+    copy.deepcopy(model)  # which no activation with a graph would let happen
+
+
+def test_a_norm_behind_the_network_changes_nothing_of_what_is_read() -> None:
+    model, x = moved(inject(sandwich(), AdaptFormer(r=2, dropout=0.0))), torch.randn(2, 5, 12)
+    (first, _), block = branches(model).values(), sandwich()[0]  # type: ignore[index]
+    h = x + block.attn(block.norm1(x))
+    expected = h + block.norm3(block.mlp(block.norm2(h)) + branch(first, h, 0.1))
+    torch.testing.assert_close(model[0](x), expected)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -187,16 +222,22 @@ class Checkpointed(TinyBlock):
         return checkpoint(super().forward, x, use_reentrant=self.reentrant)
 
 
+class CheckpointedSandwich(Checkpointed, Sandwiched):
+    """The same of a block that normalises behind, too."""
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("method", [ParallelAdapter(r=3), AdaptFormer(r=3, dropout=0.0)])
-def test_activation_checkpoints_change_nothing(method: Any, reentrant: bool) -> None:
-    x = torch.randn(2, 5, 7, requires_grad=True)
+def test_activation_checkpoints_change_nothing(method: Any, behind: bool, reentrant: bool) -> None:
+    x = torch.randn(2, 5, 12 if behind else 7, requires_grad=True)
     gradients = []
     for checkpointed in (False, True):
-        model = tiny(method)
+        model = sandwich() if behind else tiny(method)
         if checkpointed:
-            cls = type("Block", (Checkpointed,), {"reentrant": reentrant})
-            for block in model.get_submodule("blocks").children():
+            base = CheckpointedSandwich if behind else Checkpointed
+            cls = type("Block", (base,), {"reentrant": reentrant})
+            for block in (model if behind else model.get_submodule("blocks")).children():
                 block.__class__ = cls
         moved(inject(model, method))
         model(x).square().sum().backward()

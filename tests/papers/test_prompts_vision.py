@@ -90,6 +90,21 @@ def test_dropout_of_a_prompt_acts_in_training_alone() -> None:
     assert not torch.allclose(model(x), expected)
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_other_numbers_of_a_prompt_are_dropped_for_each_sample(deep: bool) -> None:
+    model = inject(base("vit"), VPT(num_virtual_tokens=P, dropout=0.5, deep=deep)).train()
+    seen: list[Tensor] = []
+    model.get_submodule("blocks.0.norm1").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(image()[:1].expand(3, -1, -1, -1))
+    prompts, table = seen[0][:, 1 : 1 + P], tables(model)[0]
+    assert not torch.equal(prompts[0], prompts[1])
+    kept = prompts != 0
+    torch.testing.assert_close(prompts, kept * 2 * table)
+    assert 0.2 < kept.double().mean() < 0.8
+    others = torch.cat([seen[0][:, :1], seen[0][:, 1 + P :]], dim=1)
+    assert torch.equal(others, others[:1].expand_as(others))
+
+
 def swin_by_hand(model: Any, prompts: list[Tensor], x: Tensor) -> Tensor:
     """The windows are cut out, prompts are put before their tokens, and thrown away behind each block."""
     h, prompts = model.patch_embed(x), list(prompts)
@@ -338,6 +353,10 @@ def test_models_that_cannot_carry_tokens_are_refused() -> None:
     second = timm.create_model("swinv2_tiny_window8_256", **{**SWIN, "window_size": 4})
     with pytest.raises(TargetError, match="looks at windows, in a way that is not known here"):
         inject(second, VPT())
+    hiera = timm.create_model("hiera_tiny_224", img_size=(64, 64), embed_dim=8, stages=(1, 1, 1, 1))
+    for method in (VPT(), PromptTuning()):  # its attention, not its block, has the windows
+        with pytest.raises(TargetError, match="'blocks.0', a HieraBlock, looks at windows"):
+            inject(hiera, method)
     sequence_first = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 20), 2, enable_nested_tensor=False)
     with pytest.raises(TargetError, match="batch_first=False"):
         inject(sequence_first, VPT())

@@ -26,7 +26,7 @@ from lightning_peft import (
 )
 from lightning_peft.adapters.side import visible
 from lightning_peft.engine import AdapterError, Method, TargetError, adapters_of
-from tests.methods.backbones import TinyBlocks, backbone, moved, tiny
+from tests.methods.backbones import TinyBlocks, assert_unchanged, backbone, call, moved, snapshot, tiny
 
 METHODS: dict[str, Method] = {
     "side": SideTuning(width=4, depth=2),
@@ -457,6 +457,22 @@ def test_generating_with_a_cache_is_refused_and_without_one_works(name: str) -> 
     assert model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False).shape == (1, 6)
 
 
+@pytest.mark.parametrize("name", ["ladder", "unipt"])
+def test_a_model_that_keeps_a_state_looks_back_alone(name: str) -> None:
+    """Nothing in it attends, or says that it is causal; and its cache does not say how much it holds."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(vocab_size=31, hidden_size=12, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(1)
+    model = transformers.MambaForCausalLM(config).double().eval()
+    moved(inject(model, type(METHODS[name])(r=2, modules_to_save=())))
+    ids = torch.tensor([[3, 5, 7, 2]])
+    with pytest.raises(AdapterError, match=r"does not say how many tokens it holds.*use_cache=False"):
+        model(ids)
+    before, after = (model(i, use_cache=False).logits for i in (ids, torch.tensor([[3, 5, 7, 9]])))
+    torch.testing.assert_close(after[:, :3], before[:, :3])
+    assert not torch.allclose(after[:, 3], before[:, 3])
+
+
 @pytest.mark.parametrize("name", ["side", "levi"])
 def test_a_network_of_single_tokens_generates_with_a_cache(name: str) -> None:
     method = type(METHODS[name])(**{**vars(METHODS[name]), "modules_to_save": ()})
@@ -608,6 +624,21 @@ def test_samples_have_to_come_first() -> None:
     layer = nn.TransformerEncoderLayer(12, 3, 20)
     with pytest.raises(TargetError, match=r"takes its tokens before its samples. Build the model with batch_first"):
         inject(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), LadderSideTuning(r=2))
+
+
+def test_stages_of_several_widths_are_refused_with_how_many_there_are() -> None:
+    """Before anything is changed; with a stage for each of the model's own, all is well."""
+    model = backbone("convnext")
+    before = snapshot(model)
+    message = (
+        r"the blocks .stages.0.blocks.0. to .stages.1.blocks.0. feed one of 2 stages, and answer with 6 and 8 "
+        r"features\. Give as many dims and num_heads as the model has stages \(4\)"
+    )
+    with pytest.raises(TargetError, match=message):
+        inject(model, HierarchicalSideTuning(dims=(4, 6), num_heads=(2, 3)))
+    assert_unchanged(model, before)
+    inject(model, HierarchicalSideTuning(dims=(4, 4, 6, 6), num_heads=(2, 2, 3, 3)))
+    assert call("convnext", model).isfinite().all()
 
 
 def test_a_hierarchy_beside_text_is_refused() -> None:

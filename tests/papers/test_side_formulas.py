@@ -277,6 +277,17 @@ def test_the_first_token_or_the_maximum_stands_for_the_meta_token(front: int) ->
         torch.testing.assert_close(tokens, torch.stack([ln(token, norm), expected.mean(1)], dim=1))
 
 
+def test_blocks_that_want_their_tokens_in_a_grid_take_no_meta_token() -> None:
+    """Attention over all tokens, whose keys a convolution makes of the grid."""
+    import timm
+
+    sizes: dict[str, Any] = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    model = timm.create_model("pvt_v2_b0", num_classes=5, **sizes).double().eval()
+    inject(model, HierarchicalSideTuning(dims=(4, 4, 6, 6), num_heads=(2, 2, 3, 3)))
+    assert all(adapter.meta is None for _, _, adapter in adapters_of(model) if hasattr(adapter, "meta"))
+    assert model(torch.randn(2, 3, 64, 64, dtype=torch.float64)).shape == (2, 5)
+
+
 @pytest.mark.parametrize("argument", ["attn_mask", "rope", "position_embeddings", "freqs_cis"])
 def test_what_has_no_place_for_a_meta_token_is_refused(argument: str) -> None:
     class Told(TinyBlock):

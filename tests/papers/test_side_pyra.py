@@ -8,17 +8,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import PYRA, LoRA, inject
+from lightning_peft.adapters.token_merging import Proportional
 from lightning_peft.engine import AdapterError, TargetError, adapters_of
 from tests.methods.backbones import TinyBlock, TinyBlocks, backbone, call, moved
 
 TOLD: dict[str, Any] = {"num_patches": 13, "num_prefix_tokens": 1, "num_heads": 3}
 
 
+def attention_by_hand(attention: Any, x: Tensor, size: Tensor) -> Tensor:
+    """One sample (N, D): a token that stands for several is as many keys and values."""
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 3, 4)).permute(1, 2, 0, 3)
+    shares = (q @ k.mT / 2).exp() * size
+    return attention.proj((shares / shares.sum(-1, keepdim=True) @ v).transpose(0, 1).flatten(1))
+
+
 def block_by_hand(
     block: Any, merge: Any, x: Tensor, size: Tensor, r: int, prefix: int
 ) -> tuple[Tensor, Tensor, list[list[int]]]:
     """One sample (N, D): the block, its tokens merged one by one; the tokens that each of the new ones holds."""
-    h = x + block.attn(block.norm1(x[None]))[0]
+    h = x + attention_by_hand(block.attn, block.norm1(x), size)
     keys = block.attn.qkv(block.norm1(x))[:, 12:24].unflatten(-1, (3, 4)).mean(1)
     keys = keys / keys.norm(dim=-1, keepdim=True)
     evens, odds = (range(first + (prefix - first + 1) // 2 * 2, len(x), 2) for first in (0, 1))  # behind the prefix
@@ -69,11 +77,31 @@ def test_tokens_are_modulated_merged_and_given_back(prefix: int) -> None:
     torch.testing.assert_close(model(x), base.head(h[:, 1:] + h[:, :1]))
 
 
+@pytest.mark.parametrize("masked", ["", "bool", "scores"])
+@pytest.mark.parametrize("front", [0, 2])
+def test_a_token_counts_as_often_as_its_group_is_large(front: int, masked: str) -> None:
+    """As if keys and values were repeated; those of a prefix in front of the tokens are single."""
+    size = torch.tensor([[1, 3, 2], [2, 1, 1]])
+    q, k, v = (torch.randn(2, 4, n, 5, dtype=torch.float64) for n in (3, front + 3, front + 3))
+    mask: Any = None
+    if masked:
+        mask = torch.ones(2, 1, 3, front + 3, dtype=torch.bool)
+        mask[0, :, 1, -1] = mask[1, :, :, 0] = False
+        mask = mask if masked == "bool" else torch.randn(mask.shape, dtype=torch.float64)
+    with Proportional(size[..., None].double()):
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    for i, own in enumerate(size):
+        times = torch.cat([torch.ones(front, dtype=torch.long), own])
+        many = (t[i].repeat_interleave(times, dim=-2) for t in (k, v))
+        wide = None if mask is None else mask[i].repeat_interleave(times, dim=-1)
+        torch.testing.assert_close(y[i], nn.functional.scaled_dot_product_attention(q[i], *many, attn_mask=wide))
+
+
 def test_no_activation_outlives_the_forward() -> None:
     model = moved(inject(TinyBlocks(), PYRA(r=(4, 3), **TOLD)))
     model(torch.randn(2, 13, 7))
     held = {id(a.merging): a.merging for _, _, a in adapters_of(model)}
-    assert [(m.keys, m.state, m.skipped, len(m.before)) for m in held.values()] == [(None, None, "", 0)]
+    assert [(m.keys, m.size, m.state, m.skipped, len(m.before)) for m in held.values()] == [(None, None, None, "", 0)]
 
 
 def test_a_block_that_merges_nothing_is_the_block() -> None:

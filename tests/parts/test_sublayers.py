@@ -253,6 +253,16 @@ def test_a_cross_attention_is_an_attention_of_its_own() -> None:
     ]
 
 
+def test_what_looks_at_another_sequence_says_so() -> None:
+    """By its own name, not by that of something around the model."""
+    layer = nn.TransformerDecoderLayer(12, 3, 20, batch_first=True)
+    bart = of_transformers("BartModel", vocab_size=31, d_model=12, **_BART)
+    crossing = lambda model: {s.exit.name.split(".")[-2] for s in find_sublayers(model) if s.crosses}  # noqa: E731
+    assert crossing(bart) == {"encoder_attn"}
+    found = find_sublayers(nn.ModuleDict({"cross_encoder": nn.TransformerDecoder(layer, 2)}))
+    assert [s.exit.name.split(".")[-1] for s in found if s.crosses] == ["multihead_attn"] * 2
+
+
 def test_blocks_that_are_not_found_by_themselves_can_be_named() -> None:
     model = backbone("unet")
     with pytest.raises(TargetError, match=r"none of \d+ blocks .* has a feed-forward network\. Name other blocks"):
@@ -283,6 +293,21 @@ def test_a_block_of_convolutions_has_no_feedforward_network() -> None:
             PfeifferAdapter().targets(model)
         layers = PfeifferAdapter(target_modules=r"layer\d.*conv3").targets(model)
         assert [t.site.kind for t in layers] == ["conv"] * 5
+
+
+def test_what_leaves_places_out_is_no_feedforward_network() -> None:
+    """A branch beside it would answer for more places than there are behind it."""
+
+    def inverted(stride: int) -> nn.Module:
+        depthwise = nn.Conv2d(6, 6, 3, stride, padding=1, groups=6)
+        return nn.Sequential(nn.Conv2d(4, 6, 1), depthwise, nn.Conv2d(6, 4, 1))
+
+    assert len(find_sublayers(nn.ModuleList([inverted(1), inverted(1)]), ("feedforward",))) == 2
+    with pytest.raises(TargetError, match=r"none of 2 blocks .* has a feed-forward network"):
+        find_sublayers(nn.ModuleList([inverted(2), inverted(2)]), ("feedforward",))
+    maxvit = of_timm("maxvit_nano_rw_256", img_size=64)
+    model = inject(maxvit, ParallelAdapter(r=2)).eval()
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Compacter: Houlsby adapters whose matrices are sums of Kronecker products, with one factor common to all adapters.
 
 Paper:    Mahabadi et al., "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", 2021, arXiv:2106.04647.
-Formula:  h <- h + U f(D h + c) + e, h the output of a sub-layer before the residual add;
+Formula:  h <- h + U f(D h + c) + e, h the output of an attention or a feed-forward network before the residual add;
           D^T = sum_k C_k kron (A_k B_k), kron the Kronecker product; U^T likewise, with the same C and other A, B
 Shapes:   C (n, n, n), one for all adapters of the model; for D: A (n, d/n, phm_rank), B (n, phm_rank, r/n), c (r,); for
           U: A (n, r/n, phm_rank), B (n, phm_rank, d/n), e (d,)
@@ -33,7 +33,8 @@ class Compacter(SublayerMethod):
         n: number of Kronecker products, and size of their common factors; it has to divide the width of the model.
         reduction_factor: width of the model over that of the bottlenecks.
         phm_rank: rank of the second factors.
-        after_attention: put adapters behind attentions too; without it, this is the paper's Compacter++.
+        after_attention: put adapters behind attentions too, but for those that look at another sequence, as in the
+            paper; without it, this is the paper's Compacter++.
         activation: f.
         dropout: probability of dropping a feature of the bottleneck, in training only.
         init_std: standard deviation of C at the start.
@@ -83,7 +84,7 @@ class Compacter(SublayerMethod):
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers that are named, or where the output of each sub-layer leaves."""
-        found = self.named(model) if self.target_modules else [sublayer.exit for sublayer in self.found(model)]
+        found = self.named(model) if self.target_modules else [s.exit for s in self.found(model) if not s.crosses]
         for target in found:
             if target.d_out % self.n:
                 fitting = [n for n in range(1, target.d_out + 1) if all(t.d_out % n == 0 for t in found)]

@@ -7,7 +7,8 @@ Init:     D, U ~ N(0, 0.02^2), c = e = 0: the output at the start differs a litt
           init="identity", D ~ U(-1/sqrt(d), 1/sqrt(d)), U = 0: y starts as the base
 Merge:    not possible: f is not linear
 Deviates from the authors' code, which has f = GELU and a standard deviation of 0.001: both are as in the library of
-          AdapterHub, whose defaults became customary.
+          AdapterHub, whose defaults became customary. Attentions that look at another sequence get a bottleneck too,
+          which that library leaves out.
 """
 
 from dataclasses import dataclass

@@ -11,9 +11,13 @@ Merge:    rows of W_k, W_v and their biases times l; columns of W_2 times l_ff
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from torch import nn
+
 from lightning_peft.adapters.rescaling import Rescaling
-from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, matches, register
+from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, matches, register
+from lightning_peft.engine.errors import nearest
 from lightning_peft.engine.limits import Patterns
+from lightning_peft.engine.targets import as_patterns
 
 # customary names of key, value (or fused query-key-value) projections, and of second feed-forward layers
 _KEYS_VALUES = r".*\b(k|v|k_proj|v_proj|to_k|to_v|key|value|qkv|c_attn|query_key_value|in_proj_weight)"
@@ -52,8 +56,19 @@ class IA3(TargetedMethod):
 
     def is_feedforward(self, target: Target) -> bool:
         """Whether the input of ``target`` is rescaled."""
-        patterns = self.feedforward_modules
-        return any(matches(p, target.name) for p in ((patterns,) if isinstance(patterns, str) else patterns))
+        return any(matches(pattern, target.name) for pattern in as_patterns(self.feedforward_modules))
+
+    def targets(self, model: nn.Module) -> list[Target]:
+        """The layers to rescale, among which all that ``feedforward_modules`` names is found."""
+        found = super().targets(model)
+        for pattern in as_patterns(self.feedforward_modules) if self.feedforward_modules != _FEEDFORWARD else ():
+            if not any(matches(pattern, target.name) for target in found):
+                raise TargetError(
+                    f"IA3: feedforward_modules {pattern!r} matched none of {len(found)} layers to rescale."
+                    f"{nearest(pattern, [target.name for target in found])} Name those of target_modules whose input "
+                    "is rescaled, or give () for none."
+                )
+        return found
 
     def adapter(self, target: Target) -> Adapter:
         """On the input or on the output."""

@@ -78,7 +78,8 @@ class ParallelAdapter(SublayerMethod):
 
     def bottleneck(self, target: Target, stash: Stash | None) -> Bottleneck:
         """The branch beside ``target``, fed from ``stash``, or with the input of the target if there is none."""
-        cls: type[Bottleneck] = self.adapter_types[target.site.kind]  # type: ignore[assignment]
+        # of "module" it may be what sits on attentions
+        cls: type[Bottleneck] = self.adapter_types["linear"]  # type: ignore[assignment]
         return cls(
             target,
             self.r,

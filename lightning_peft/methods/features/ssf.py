@@ -66,8 +66,9 @@ class SSF(TargetedMethod):
 
     Args:
         target_modules: by default every linear layer, convolution and normalisation but the head (and but Swin's
-            patch-merging ``reduction``, which the paper leaves out, and norms like RMSNorm that have no bias which
-            could take the shift: with them, by name, it does not merge).
+            patch-merging ``reduction``, which the paper leaves out, and norms like ``nn.RMSNorm`` that have no bias
+            which could take the shift: with them, by name, it does not merge). Norms are those of torch, and what is
+            made of them.
         modules_to_save: modules trained whole, by default the output head as in the paper.
         init_std: standard deviation of both initial values (0.02 in the reference code); 0 starts as the base.
         exclude_modules: see `LoRA`; so for ``layers_to_transform``.

@@ -6,7 +6,7 @@ Shapes:   table (m, D), A (s_max, r), B (r, D) for embeddings D wide
 Init:     table ~ U(-0.5, 0.5), A ~ kaiming_uniform(a=sqrt 5), B = 0: the text starts as it is
 Merge:    none: the prompt is tokens, and the change depends on the position
 Deviates from the paper: positions count the tokens of a sample, so a row that is padded on the left is changed as the
-          same sample alone.
+          same sample alone. The authors' code multiplies A B by 8 / sqrt(r), of which the paper does not speak.
 """
 
 from dataclasses import dataclass, replace

@@ -7,8 +7,8 @@ Init:     table ~ U(-0.5, 0.5), or rows of the embedding: sampled ones, or those
 Merge:    none: tokens are no weights
 Deviates from the paper: where a text is looked at both ways and its first token is the one that heads read (BERT), the
           prompt comes behind it; models without a text get it before their first block. Positions are those of each
-          sample, so padding does not count; but it does stand between prompt and text where attention looks back over
-          a window of fixed length and rows are padded on the left.
+          sample, so padding does not count; but where rows are padded on the left, it does stand between prompt and
+          text for attentions that look back over a window of fixed length, or weigh by distance in the row (T5).
 """
 
 from dataclasses import dataclass

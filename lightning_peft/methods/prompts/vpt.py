@@ -43,7 +43,8 @@ class VPT(MethodWithHead):
     Args:
         num_virtual_tokens: p, of each prompt.
         deep: every block has a prompt of its own; else the first one's is carried on.
-        dropout: probability of dropping a number of the prompt, in training only.
+        dropout: probability of dropping a number of the prompt, in training only; for each sample by itself, on Swin
+            for all windows of a batch alike.
         blocks: path of the list of blocks; found by itself if there is one.
         class_tokens: tokens that stay before the prompt; by default as many as the model has of its own (class,
             distillation, register).

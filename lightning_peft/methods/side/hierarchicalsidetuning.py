@@ -25,7 +25,7 @@ from lightning_peft.engine import Adapter, Kind, Target, TargetError, check_rang
 from lightning_peft.engine.limits import Count
 from lightning_peft.parts.blocks import stage_modules, stages_of
 from lightning_peft.parts.layout import layers_of
-from lightning_peft.parts.taps import Tap, blocks_to_tap, looks_at_all, taps_of
+from lightning_peft.parts.taps import Tap, blocks_to_tap, takes_any_number, taps_of
 
 
 @register("hierarchicalsidetuning")
@@ -46,7 +46,7 @@ class HierarchicalSideTuning(SideMethod):
 
     Raises:
         AdapterError: ``num_heads`` do not divide ``dims``.
-        TargetError: no blocks are found, less than there are stages, or the model is one of text.
+        TargetError: no blocks are found, too few, or of several widths for one stage; or the model is one of text.
 
     >>> import torch
     >>> from lightning_peft import inject
@@ -121,8 +121,8 @@ class HierarchicalSideTuning(SideMethod):
         return self.pyramid or stage == len(self.dims) - 1
 
     def takes_meta(self, target: Tap) -> bool:
-        """Whether a token may be added: to blocks of tokens with an attention that looks at all of them."""
-        return not (self.detach_taps or target.role == "entry") and looks_at_all(target.module)
+        """Whether a token may be added: to blocks of tokens with an attention that looks at all of them, in no grid."""
+        return not (self.detach_taps or target.role == "entry") and takes_any_number(target.module)
 
     def trained_in_place(self, model: nn.Module) -> list[str]:
         """``modules_to_save``, and the layer norms of the blocks."""

@@ -79,7 +79,7 @@ class LadderSideTuning(SideMethod):
         taps: the blocks that feed it, by default all: the path of their list, or patterns of single blocks, in the
             order of their calls. The last is where the side network answers. Fewer blocks make a shorter ladder.
         causal: whether tokens look back alone, as in language models; by default as the attention in the blocks says
-            of itself. Where a model of your own does not say, this does.
+            of itself, or else whether they keep a cache. Where a model of your own does not say, this does.
         num_heads: attention heads in a side block, or the next smaller number that divides its width.
         mlp_ratio: inner features of a side block's feed-forward net for each of its outer ones.
         temperature: T of the gates; a small one lets them decide sharply.

@@ -3,7 +3,8 @@
 Paper:    Xiong et al., "PYRA: Parallel Yielding Re-Activation for Training-Inference Efficient Task Adaptation", 2024,
           arXiv:2403.09192.
 Formula:  s the r tokens that go into others t, the nearest by keys;  q = LN(s + t);  w_1 = 2 sigmoid(W_r^T q),
-          w_2 = 2 sigmoid(q W_D) - 1;  s <- s + (s * w_1) * w_2;  then each t becomes the mean of its group
+          w_2 = 2 sigmoid(q W_D) - 1;  s <- s + (s * w_1) * w_2;  then each t becomes the mean of its group, and a
+          token that stands for n of them counts n times in the attentions behind
 Shapes:   s, t, q (B, r, D); W_r (r,), w_1 (B, 1, D); W_D (D,), w_2 (B, r, 1)
 Init:     W_r ~ U(-1, 1), W_D = 0, so w_2 = 0: plain token merging (ToMe), which is not the base
 Merge:    impossible, it changes tokens, not weights
@@ -23,7 +24,7 @@ from lightning_peft.engine import Adapter, Kind, MethodWithHead, Target, TargetE
 from lightning_peft.engine.limits import Count, WholeNumber
 from lightning_peft.engine.targets import module_target
 from lightning_peft.parts.layout import width_of
-from lightning_peft.parts.taps import blocks_to_tap, looks_at_all
+from lightning_peft.parts.taps import blocks_to_tap, takes_any_number
 
 _ATTENTIONS, _KEYS, _MLPS = ("attn", "attention"), ("qkv", "k_proj", "key", "to_k"), ("mlp", "ffn")
 
@@ -44,7 +45,8 @@ class PYRA(MethodWithHead):
 
     Raises:
         TargetError: the model has no such blocks, does not tell what was asked, or all ``r`` are 0.
-        AdapterError: while running, there is another number of tokens.
+        AdapterError: while running, there is another number of tokens; or an attention behind merged ones does not call
+            ``F.scaled_dot_product_attention``.
 
     >>> PYRA(r=2).schedule(n_blocks=4, tokens=9, prefix=1)  # 9, 7, 5, 3 tokens before the blocks
     [2, 2, 2, 0]
@@ -91,7 +93,7 @@ class PYRA(MethodWithHead):
             attention, mlp = (_child(block, name, keys) for keys in (_ATTENTIONS, _MLPS))
             inner = block.get_submodule(attention)
             keys = _child(inner, name, _KEYS)
-            if not looks_at_all(block) or "norm" not in next(key for key, _ in block.named_children()):
+            if not takes_any_number(block) or "norm" not in next(key for key, _ in block.named_children()):
                 raise TargetError(
                     f"PYRA: {name!r} does not begin with a norm of its own before an attention that looks at all "
                     "tokens, as far as is known here. Choose a plain ViT of timm, where it does."
@@ -111,7 +113,7 @@ class PYRA(MethodWithHead):
     def adapters(self, targets: list[Target]) -> list[Adapter]:
         """What merges at each block; what lets it run in halves at its parts."""
         taps, merging = [t for t in targets if isinstance(t, Merged)], Merging()
-        return [Merge(t, merging, "PYRA") if t.role == "block" else Branch(t, merging) for t in taps]
+        return [Merge(t, merging, "PYRA") if t.role == "block" else Branch(t, merging, "PYRA") for t in taps]
 
     def num_trainable(self, target: Target) -> int:
         """r + 3 D of a block that merges."""
