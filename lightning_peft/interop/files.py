@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
-from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.inject import check_unwrapped, has_record, record_of
 from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.merge import check_finite
 from lightning_peft.engine.slots import is_sharded, whole
@@ -218,7 +218,7 @@ def load_adapter(model: ModelT, folder: str | Path, name: str = "default", *, al
     facts, config, tensors = read_adapter(folder)
     target = adapted_root(model)
     if not has_record(target):
-        checkunwrapped(target)
+        check_unwrapped(target)
     places: dict[str, str] = {}
     with told_by(folder):
         check_patterns(config.get("settings", config), str(folder))

@@ -23,6 +23,7 @@ Parts = dict[str, dict[str, Tensor]]  # name of a module -> name of a tensor of 
 
 PREFIX = "base_model.model."
 EXPERT = "experts.{}."  # what the keys of an expert of X-LoRA begin with, which come from another file
+_BEFORE = re.compile(r"^(experts\.\d+\.)?base_model\.model\.")
 BROUGHT = ".base_layer.weight"  # an embedding that was adapted, as it is in the base
 
 # settings of every type that say where something is, or what for, and nothing about what is computed
@@ -196,7 +197,7 @@ def check_brought(model: nn.Module, tensors: Mapping[str, Tensor], keys: Iterabl
     """
     names = {plain_name(name): name for several in owners_of(model).values() for name in several}
     for key in keys:
-        name = names.get(re.sub(rf"^({EXPERT.format(r'\d+')})?{PREFIX}", "", key).replace(".base_layer.", "."))
+        name = names.get(re.sub(_BEFORE, "", key).replace(".base_layer.", "."))
         if name is None:
             raise AdapterFileError(f"the file holds {key!r}, which is no part of an adapter of this model.")
         here, there = model.get_parameter(name).detach(), tensors[key]
