@@ -31,7 +31,9 @@ from lightning_peft import (
     LPFT,
     AdaLoRA,
     AdapterError,
+    BitFit,
     GaLore,
+    LinearProbe,
     LoRA,
     OwLore,
     SaRA,
@@ -238,6 +240,21 @@ def test_what_a_method_keeps_comes_back_under_the_trainer(method: Method, tmp_pa
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "checkpoint-10").rename(tmp_path / "b" / "checkpoint-10")
     assert_same(fit("b", resume=True), whole)
+
+
+@pytest.mark.parametrize("method", [BitFit(), LinearProbe()], ids=lambda m: m.name)
+def test_a_checkpoint_of_what_trains_in_place_holds_nothing_else(method: Method, tmp_path: Path) -> None:
+    model = inject(base(), method)
+    Trainer(model, arguments(tmp_path / "a", save_steps=6), train_dataset=lines()).train()
+    checkpoint = tmp_path / "a" / "checkpoint-6"
+    assert set(load_file(checkpoint / "model.safetensors")) == set(trained(model))
+    loaded = load_adapter(base(), checkpoint)
+    assert_same(trained(loaded), load_file(checkpoint / "model.safetensors"))
+    resumed = Trainer(loaded, arguments(tmp_path / "b", save_strategy="no"), train_dataset=lines())
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(trained(loaded), trained(model))
+    unload(model).save_pretrained(tmp_path / "x", is_main_process=True)
+    assert (tmp_path / "x" / "config.json").is_file(), "the model is its own again"
 
 
 def test_a_measured_start_that_changed_the_ranks_is_taken_from_the_checkpoint(tmp_path: Path) -> None:

@@ -286,9 +286,12 @@ class SavePretrained:
 
 
 def _let_loops_save(model: Any) -> None:
-    """Let checkpoints of training loops hold `method_states`, also where no adapter keeps ``save_pretrained`` away."""
+    """Let checkpoints of training loops hold what trains, also where no adapter keeps ``save_pretrained`` away.
+
+    Not where all of the base does, and nothing stands beside it: then the model itself is that.
+    """
     saves = callable(getattr(type(model), "save_pretrained", None)) and "save_pretrained" not in vars(model)
-    if saves and method_states(model):
+    if saves and any(i.method.keeps_base or i.state for i in record_of(model).injections.values()):
         model.__dict__["save_pretrained"] = SavePretrained(model, None)
 
 
