@@ -54,7 +54,7 @@ class Shares:
 
 
 class Experts(Adapter):
-    """``scaling * sum_e g_e B_e A_e dropout(x)`` more: lora_A (E, r, d_in), lora_B (E, d_out, r), gates g (B, T, E).
+    """``scaling * sum_e g_e B_e A_e dropout(x)`` more: lora_A (E, r, d_in), lora_B (d_out, E, r), gates g (B, T, E).
 
     Args:
         target: the layer to adapt.
@@ -89,7 +89,7 @@ class Experts(Adapter):
         super().__init__()
         factors = {
             "lora_A": target.new_parameter(num_experts, r, target.d_in),
-            "lora_B": target.new_parameter(num_experts, target.d_out, r),
+            "lora_B": target.new_parameter(target.d_out, num_experts, r),
         }
         for name, factor in factors.items():
             if trains:
@@ -123,7 +123,9 @@ class Experts(Adapter):
 
     def change(self, x: Tensor, layer: Layer, gates: Tensor) -> Tensor:
         """(B, T, d_out) for x (B, T, d_in)."""
-        return mixture_lora(F.dropout(x, self.dropout, self.training), self.lora_A, self.lora_B, gates, self.scaling)
+        return mixture_lora(
+            F.dropout(x, self.dropout, self.training), self.lora_A, self.lora_B.transpose(0, 1), gates, self.scaling
+        )
 
     def unmergeable_because(self) -> str:
         """Their shares are other ones for each token."""
@@ -143,7 +145,7 @@ class EmbeddingExperts(Experts):
         A = self.lora_A.flatten(0, 1)
         h = F.embedding(x, A.T, padding_idx=layer.module.padding_idx).unflatten(-1, self.lora_A.shape[:2])
         h = F.dropout(h, self.dropout, self.training) * gates[..., None].to(h.dtype)
-        return torch.einsum("bter, edr -> btd", h, self.scaling * self.lora_B)
+        return torch.einsum("bter, der -> btd", h, self.scaling * self.lora_B)
 
 
 class Seen(Adapter):

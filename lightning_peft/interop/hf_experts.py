@@ -49,7 +49,7 @@ def factors_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fact
 
 
 def side_by_side(experts: Sequence[Factors]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> A (E, r, d_in) and B (E, d_out, r), with zeros up to the largest rank, and where an expert has none.
+    """Module -> A (E, r, d_in) and B (d_out, E, r), with zeros up to the largest rank, and where an expert has none.
 
     Raises:
         AdapterFileError: they were made for other models.
@@ -64,7 +64,7 @@ def side_by_side(experts: Sequence[Factors]) -> dict[str, tuple[Tensor, Tensor]]
         if len(sizes) > 1:
             raise AdapterFileError(f"{module!r} has other sizes in one expert than in another, {sorted(sizes)}.")
         A = torch.stack([F.pad(part["A"], (0, 0, 0, r - len(part["A"]))) for part in parts])
-        B = torch.stack([F.pad(part["B"], (0, r - part["B"].shape[1])) for part in parts])
+        B = torch.stack([F.pad(part["B"], (0, r - part["B"].shape[1])) for part in parts], dim=1)
         stacked[module] = A, B
     return stacked
 

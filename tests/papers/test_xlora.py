@@ -47,7 +47,10 @@ def by_formula(base: nn.Module, adapted: nn.Module, x: Tensor, gate: Any) -> Ten
 
     def hook(i: int, adapter: Experts) -> Any:
         def add(module: nn.Module, args: tuple[Tensor], answer: Tensor) -> Tensor:
-            parts = [adapter.scaling * args[0] @ A.T @ B.T for A, B in zip(adapter.lora_A, adapter.lora_B, strict=True)]
+            parts = [
+                adapter.scaling * args[0] @ A.T @ B.T
+                for A, B in zip(adapter.lora_A, adapter.lora_B.unbind(1), strict=True)
+            ]
             return answer + sum(g[:, :, i, e, None] * part for e, part in enumerate(parts))
 
         return add
@@ -121,7 +124,7 @@ def test_embeddings_have_experts() -> None:
     ids = torch.randint(0, 31, (2, 6), generator=torch.Generator().manual_seed(3))
     h = base.model(input_ids=ids).last_hidden_state
     g = (h @ router.layers[0].weight.T + router.layers[0].bias).softmax(-1)
-    whole = [2.0 * A.T @ B.T for A, B in zip(experts.lora_A, experts.lora_B, strict=True)]
+    whole = [2.0 * A.T @ B.T for A, B in zip(experts.lora_A, experts.lora_B.unbind(1), strict=True)]
     embeds = base.model.embed_tokens(ids) + sum(g[..., e, None] * table[ids] for e, table in enumerate(whole))
     torch.testing.assert_close(call("llama", model), base(inputs_embeds=embeds).logits, rtol=1e-9, atol=1e-9)
 

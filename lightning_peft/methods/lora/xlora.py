@@ -5,7 +5,7 @@ Paper:    Buehler and Buehler, "X-LoRA: Mixture of Low-Rank Adapter Experts, a F
 Formula:  h = last hidden states of the model without its experts;  g = softmax(classifier(h) / temperature);
           then, in a second pass, y = W x + b + scaling * sum_e g_e B_e (A_e dropout(x)) in each layer
 Shapes:   h (B, T, D); g (B, T, E), or (B, T, L, E) with a share of its own for each of L layers (``layerwise``);
-          lora_A (E, r, d_in), lora_B (E, d_out, r); the classifier is one linear layer D -> E, or ``depth`` of them
+          lora_A (E, r, d_in), lora_B (d_out, E, r); the classifier is one linear layer D -> E, or ``depth`` of them
           with ReLU between, ``size`` features wide
 Init:     A_e ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B_e = 0, so y starts as the base; the classifier as ``nn.Linear``, its
           biases at zero. `load_experts` starts from adapters that were trained before, as the paper
