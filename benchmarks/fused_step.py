@@ -22,8 +22,8 @@ from benchmarks.gpu.case import Machine
 from benchmarks.row import Row, alternate, saved_bytes
 from lightning_peft.callbacks.fused import fused
 
-# relative, of sums in float32 that are made in another order
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
+# relative, of sums in float32 that are made in another order: gradients of either side are up to 1.1e-5 off float64
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
 
 Loss = Callable[[nn.Module], Tensor]
 
