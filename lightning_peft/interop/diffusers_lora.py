@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from lightning_peft.engine import Adapter, AdapterFileError, Method
 from lightning_peft.engine.slots import base_class, plain_name
 from lightning_peft.engine.targets import base_modules
-from lightning_peft.interop.hf_peft import PREFIX, TENSOR, check_settings, lora_method, read_alphas, tensor_names
+from lightning_peft.interop.hf_format import PREFIX, read_alphas
+from lightning_peft.interop.hf_lora import TENSOR, lora_method, tensor_names
+from lightning_peft.interop.hf_peft import check_settings
 from lightning_peft.methods import DoRA, LoRA, LoRAPlus
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

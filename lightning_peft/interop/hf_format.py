@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.engine import Adapter, AdapterFileError, Method, Target
 from lightning_peft.engine.codes import is_code
@@ -160,6 +161,10 @@ class Row:
 
     def check_layer(self, path: str, module: nn.Module, adapter: Adapter) -> None:
         """Raise an `AdapterFileError` if HF PEFT cannot adapt this layer, or computes something else there."""
+        if not path:
+            raise AdapterFileError("HF PEFT adapts the layers inside a model, not a model that is one layer.")
+        if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+            raise AdapterFileError(f"HF PEFT adds the update of out_proj twice in nn.MultiheadAttention ({path}).")
         transposed = adapter.site.kind == "linear" and adapter.site.transposed
         in_codes = adapter.site.kind == "linear" and not adapter.site.weight  # of another library, which it knows
         known = isinstance(module, self.layers) or transposed or in_codes
