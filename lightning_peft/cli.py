@@ -21,7 +21,7 @@ from lightning_peft import AdapterError, list_methods, load_adapter, save_adapte
 from lightning_peft import merge as merge_adapters
 from lightning_peft.callbacks.table import collapsed, show
 from lightning_peft.engine import AdapterFileError, adapter_state
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 from lightning_peft.interop import HFPEFT, read_adapter
 from lightning_peft.interop.files import Format, method_from, replacing
 from lightning_peft.interop.hf_peft import CONFIGS

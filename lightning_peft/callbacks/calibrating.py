@@ -15,7 +15,7 @@ from lightning_peft.callbacks.resuming import data_state, random_state, set_data
 from lightning_peft.engine import AdapterError, Method, adapter_state, calibrate, load_adapter_state
 from lightning_peft.engine.calibration import CALIBRATED
 from lightning_peft.engine.errors import joined
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 from lightning_peft.interop.files import adapted_root
 
 

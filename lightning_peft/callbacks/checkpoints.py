@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lightning_peft.callbacks.optimizer_state import names_in
 from lightning_peft.engine import Adapter, AdapterFileError, MergeError, adapters_of, inject
 from lightning_peft.engine.codes import linear_size
-from lightning_peft.engine.inject import has_record, owners_of, record_of
+from lightning_peft.engine.inject import owners_of
 from lightning_peft.engine.merge import check_finite, check_mergeable, merged_parameters
+from lightning_peft.engine.record import has_record, record_of
 from lightning_peft.engine.slots import base_class, base_parameters, plain_name, slots
 from lightning_peft.engine.state import check_base, fingerprint, ranks_in, refuse
 from lightning_peft.interop.files import FORMAT, adapted_root, check_format, describe, method_from

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.engine import AdapterError, Method, adapters_of
 from lightning_peft.engine.errors import joined
-from lightning_peft.engine.inject import has_record
+from lightning_peft.engine.record import has_record
 from lightning_peft.engine.slots import base_parameters
 from lightning_peft.interop.files import adapted_root
 

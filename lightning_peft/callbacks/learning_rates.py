@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.engine import adapters_of
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 
 _RATIO, _ASKED = "peft_lr_ratio", "peft_lr_asked"
 

@@ -46,8 +46,8 @@ from lightning_peft.engine import (
     notify,
 )
 from lightning_peft.engine.activation_checkpointing import inputs_require_grad
-from lightning_peft.engine.inject import has_record, record_of
 from lightning_peft.engine.limits import one_of
+from lightning_peft.engine.record import has_record, record_of
 from lightning_peft.engine.slots import is_sharded
 from lightning_peft.engine.training import Event
 from lightning_peft.interop import HFPEFT, load_adapter, read_adapter, save_adapter

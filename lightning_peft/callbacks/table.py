@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.engine import adapters_of
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 from lightning_peft.engine.slots import base_class
 from lightning_peft.engine.targets import unsupported
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.engine import AdapterError, TargetError, adapters_of
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 from lightning_peft.engine.targets import is_below
 from lightning_peft.parts.blocks import find_blocks
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_peft.callbacks.checkpoints import base_tensors
-from lightning_peft.engine.inject import SavePretrained, method_states, record_of
+from lightning_peft.engine.record import record_of
+from lightning_peft.engine.saving import SavePretrained, method_states
 from lightning_peft.interop.files import replacing, save_adapter
 
 WEIGHTS = "model.safetensors"

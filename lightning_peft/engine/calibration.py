@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.engine.errors import AdapterError
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 from lightning_peft.engine.slots import Adapter, active_adapters, adapters_of, effective
 
 Loss = Tensor | Mapping[str, Tensor]

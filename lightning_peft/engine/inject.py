@@ -4,97 +4,32 @@ import dataclasses
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.codes import can_train, first_and_last, holds_codes, linear_size
-from lightning_peft.engine.errors import AdapterError, TargetError, joined, nearest
-from lightning_peft.engine.method import METHOD_STATE, Method
+from lightning_peft.engine.errors import AdapterError, TargetError, joined
+from lightning_peft.engine.method import Method
 from lightning_peft.engine.readers import fused_above, readers, reads_in_training
+from lightning_peft.engine.record import (
+    Injection,
+    ModelT,
+    Record,
+    check_known,
+    check_not_routed,
+    check_restorable,
+    has_record,
+    record_of,
+)
+from lightning_peft.engine.saving import SavePretrained, let_loops_save, read_method_states, refuse_to_save
 from lightning_peft.engine.slots import Adapter, Layer, adapters_of
 from lightning_peft.engine.targets import Target
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-@dataclasses.dataclass
-class Injection:
-    """What one call of `inject` did to a model.
-
-    Args:
-        method: the method that was injected.
-        in_place: base parameter trained in place -> its other value (the base's while the adapter is active, the
-            trained one while it is not), or None if the method keeps no copy.
-        active: whether it acts at present.
-        state: what the method keeps beside its adapters (`Method.initial_state`).
-        choice: what the method chose last for training (`Training.is_new`); never saved.
-        watched: whether its terms were added to the loss of a batch (`total_loss`); never saved.
-    """
-
-    method: Method
-    in_place: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
-    active: bool = True
-    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    choice: Any = None
-    watched: bool = False
-
-
-@dataclasses.dataclass
-class Record:
-    """All that the engine remembers of a model; kept on the module that was given to `inject`.
-
-    Args:
-        injections: adapter name -> what was done.
-        trainable: base parameters that required gradients before the first injection.
-        buffers: persistent buffers of the base as they were before.
-        merged: what `merge` took out, as long as it can be undone.
-        samples: base parameter -> the values that tell one base from another, where they have to be remembered: of
-            what is sharded, or in codes of another library.
-        routed: whether the samples of a batch have adapters of their own at present.
-        giving_back: the hook by which ``load_state_dict`` reads `method_states`, if there are any.
-    """
-
-    injections: dict[str, Injection] = dataclasses.field(default_factory=dict)
-    trainable: set[str] = dataclasses.field(default_factory=set)
-    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    merged: Any = None
-    samples: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    routed: bool = False
-    giving_back: RemovableHandle | None = None
-
-
-def record_of(model: nn.Module, create: bool = False) -> Record:
-    """The record of ``model`` itself.
-
-    Raises:
-        AdapterError: nothing was injected into this module; the submodule that was adapted instead is named.
-    """
-    if "_peft" not in model.__dict__:
-        if not create:
-            inner = next((n for n, m in model.named_modules() if "_peft" in m.__dict__), None)
-            fix = f"Its submodule {inner!r} is the one that was adapted." if inner else "Call inject(model, method)."
-            raise AdapterError(f"{slots.base_class(model).__name__} has no adapters. {fix}")
-        model.__dict__["_peft"] = Record()
-    return model.__dict__["_peft"]
-
-
-def forget(model: nn.Module) -> None:
-    """Take the record off ``model``."""
-    record = model.__dict__.pop("_peft")
-    if record.giving_back is not None:
-        record.giving_back.remove()
-
-
-def has_record(model: nn.Module) -> bool:
-    """Whether something was injected into ``model`` itself."""
-    return "_peft" in model.__dict__
 
 
 def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
@@ -136,9 +71,8 @@ def inject(model: ModelT, method: Method, name: str = "default") -> ModelT:
     # nothing may fail from here on
     record = record_of(model, create=True)
     injection = record.injections.setdefault(name, Injection(method, state=state))
-    if state and record.giving_back is None:
-        record.giving_back = model.register_load_state_dict_pre_hook(_give_back)
-    _let_loops_save(model)
+    read_method_states(model)
+    let_loops_save(model)
     for (target, adapter), reading in zip(planned, readers_of, strict=True):
         slots.occupy(target.module, name, adapter)
         _connect(model, target.owner, target.module, adapter, reading)
@@ -226,7 +160,7 @@ def detach(model: nn.Module) -> dict[str, nn.ModuleDict]:
 
 def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[str]) -> None:
     """The inverse of `detach`; the adapters of the names in ``active`` act."""
-    _let_loops_save(model)
+    let_loops_save(model)
     for path, adapters in held.items():
         module = model.get_submodule(path)
         alike: dict[tuple[slots.Site, bool], Adapter] = {}  # the same modules read or call for all of a kind
@@ -237,73 +171,6 @@ def attach(model: nn.Module, held: dict[str, nn.ModuleDict], active: Iterable[st
             _connect(model, path, module, adapter, _readers(model, path, adapter))
         slots.set_active(module, active)
         refuse_to_save(model, path)
-
-
-def method_states(model: nn.Module) -> dict[str, Tensor]:
-    """Key -> tensor of what methods keep beside their adapters; ``model.load_state_dict`` reads these keys, too.
-
-    ``state_dict`` itself does not hold it: whoever shards a model looks up each of its keys among the parameters.
-    """
-    injections = record_of(model).injections.items()
-    return {f"{METHOD_STATE}.{name}.{key}": value for name, i in injections for key, value in i.state.items()}
-
-
-def _give_back(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for key, tensor in method_states(model).items():
-        value = state_dict.pop(prefix + key, None)
-        if value is not None:
-            tensor.copy_(value)
-
-
-_ADAPTERS_INSIDE = (
-    "save_pretrained would write the base and adapters that from_pretrained passes over. merge(model) first, or write "
-    "the adapters with save_adapter(model, folder)."
-)
-
-
-class SavePretrained:
-    """In the place of ``save_pretrained`` of a model of which it would write what nobody reads.
-
-    A person is told what to do, ``because`` something stands in the way. A training loop (the Trainer of transformers,
-    accelerate), which says which process writes, gets a checkpoint of what is trained from
-    ``write_checkpoint(model, folder)``, if there is one.
-    """
-
-    write_checkpoint: ClassVar[Callable[[nn.Module, Any], None] | None] = None
-
-    def __init__(self, model: Any, because: str | None) -> None:
-        self.model, self.because = model, because
-
-    def __call__(self, save_directory: Any = None, **kwargs: Any) -> None:
-        write = type(self).write_checkpoint
-        adapted = has_record(self.model) and record_of(self.model).merged is None
-        if "is_main_process" not in kwargs or write is None or not adapted:
-            if self.because is not None:
-                raise AdapterError(self.because)
-            type(self.model).save_pretrained(self.model, save_directory, **kwargs)
-        elif kwargs["is_main_process"]:
-            write(self.model, save_directory)
-
-
-def _let_loops_save(model: Any) -> None:
-    """Let checkpoints of training loops hold what trains, also where no adapter keeps ``save_pretrained`` away.
-
-    Not where all of the base does, and nothing stands beside it: then the model itself is that.
-    """
-    saves = callable(getattr(type(model), "save_pretrained", None)) and "save_pretrained" not in vars(model)
-    if saves and any(i.method.keeps_base or i.state for i in record_of(model).injections.values()):
-        model.__dict__["save_pretrained"] = SavePretrained(model, None)
-
-
-def refuse_to_save(model: nn.Module, path: str, because: str = _ADAPTERS_INSIDE) -> None:
-    """Let ``save_pretrained`` of the modules above ``path``, of those that have it, raise an error."""
-    parts = path.split(".") if path else []
-    for depth in range(len(parts) + 1):
-        module = model.get_submodule(".".join(parts[:depth]))
-        if callable(getattr(type(module), "save_pretrained", None)):
-            module.__dict__["save_pretrained"] = SavePretrained(module, because)
-            if getattr(module, "is_quantized", False):  # else the Trainer of transformers holds it for frozen
-                module.__dict__["_hf_peft_config_loaded"] = True
 
 
 def _readers(model: nn.Module, owner: str, adapter: Adapter) -> list[nn.Module]:
@@ -493,36 +360,8 @@ def _freeze(model: nn.Module, record: Record) -> None:
                     record.samples[name] = first_and_last(parameter)
 
 
-def check_restorable(injection: Injection) -> None:
-    """Raise an `AdapterError` if the base value of what was trained in place is not known any more."""
-    if any(other is None for other in injection.in_place.values()):
-        raise AdapterError(
-            f"{type(injection.method).__name__} trained the base in place and kept no copy of it, so there is no base "
-            "to go back to. Load the base checkpoint again."
-        )
-
-
 def _exchange(parameter: Tensor, other: Tensor) -> None:
     with torch.no_grad():
         kept = parameter.detach().clone()
         parameter.copy_(other)
         other.copy_(kept)
-
-
-def check_known(record: Record, names: Iterable[str]) -> None:
-    """Raise an `AdapterError` for the first name that no adapter has."""
-    for name in names:
-        if not isinstance(name, str) or name not in record.injections:
-            there = ", ".join(record.injections)
-            raise AdapterError(
-                f"there is no adapter {name!r}.{nearest(str(name), record.injections)} There are: {there or 'none'}."
-            )
-
-
-def check_not_routed(record: Record) -> None:
-    """Raise an `AdapterError` while each sample of a batch has an adapter of its own."""
-    if record.routed:
-        raise AdapterError(
-            "routed: its block has not ended, and puts back what acted before when it does. Leave it before you change "
-            "adapters; inside, routed(model, ['none']) answers as the base."
-        )

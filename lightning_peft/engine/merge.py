@@ -12,18 +12,9 @@ from tqdm import tqdm
 from lightning_peft.engine import slots
 from lightning_peft.engine.codes import answers_in, can_train, is_code, linear_size, own_tensors, parts
 from lightning_peft.engine.errors import AdapterError, MergeError
-from lightning_peft.engine.inject import (
-    ModelT,
-    attach,
-    check_known,
-    check_not_routed,
-    detach,
-    forget,
-    owners_of,
-    record_of,
-    refuse_to_save,
-    set_active,
-)
+from lightning_peft.engine.inject import attach, detach, owners_of, set_active
+from lightning_peft.engine.record import ModelT, check_known, check_not_routed, forget, record_of
+from lightning_peft.engine.saving import refuse_to_save
 from lightning_peft.engine.slots import Adapter, adapters_of
 from lightning_peft.engine.state import adapter_state
 

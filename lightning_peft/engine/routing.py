@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine import slots
 from lightning_peft.engine.errors import AdapterError
-from lightning_peft.engine.inject import ModelT, Record, check_known, record_of
+from lightning_peft.engine.record import ModelT, Record, check_known, record_of
 from lightning_peft.engine.slots import Adapter, Layer, Samples
 
 BASE = "none"  # in the place of an adapter name

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_peft.engine import slots
 from lightning_peft.engine.codes import first_and_last, linear_size
 from lightning_peft.engine.errors import AdapterError, AdapterFileError
-from lightning_peft.engine.inject import check_known, record_of
 from lightning_peft.engine.method import METHOD_STATE
+from lightning_peft.engine.record import check_known, record_of
 from lightning_peft.engine.slots import Adapter, adapters_of
 
 

@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 
 from lightning_peft.engine.calibration import Loss, check_calibrated
 from lightning_peft.engine.errors import AdapterError
-from lightning_peft.engine.inject import Injection, disabled, record_of
+from lightning_peft.engine.inject import disabled
+from lightning_peft.engine.record import Injection, record_of
 from lightning_peft.engine.slots import adapters_of
 
 Event = Literal["on_train_batch_start", "on_before_optimizer_step", "on_after_optimizer_step"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank, dense, truncated
 from lightning_peft.engine import Adapter, AdapterError, adapter_state, adapters_of, check_range, inject, set_active
-from lightning_peft.engine.inject import Record, check_known, check_restorable, record_of
 from lightning_peft.engine.merge import check_finite
+from lightning_peft.engine.record import Record, check_known, check_restorable, record_of
 from lightning_peft.engine.slots import plain_name
 from lightning_peft.engine.targets import is_below
 from lightning_peft.interop.as_lora import lora_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_peft.adapters.experts import Experts
 from lightning_peft.engine import AdapterError, adapter_state, adapters_of, inject, load_adapter_state, unload
-from lightning_peft.engine.inject import ModelT, has_record, record_of
+from lightning_peft.engine.record import ModelT, has_record, record_of
 from lightning_peft.interop.files import read_adapter, unwrapped
 from lightning_peft.interop.hf_experts import factors_of, side_by_side
 from lightning_peft.interop.hf_format import BROUGHT, check_brought

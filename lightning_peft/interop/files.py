@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.engine import AdapterError, AdapterFileError, Method, adapters_of, get_method, inject, unload
-from lightning_peft.engine.inject import check_unwrapped, has_record, record_of
+from lightning_peft.engine.inject import check_unwrapped
 from lightning_peft.engine.limits import one_of
 from lightning_peft.engine.merge import check_finite
+from lightning_peft.engine.record import has_record, record_of
 from lightning_peft.engine.slots import is_sharded, whole
 from lightning_peft.engine.state import adapter_state, base_values, check_base, fingerprint, load_adapter_state
 from lightning_peft.interop import diffusers_lora, hf_peft

@@ -39,7 +39,7 @@ from lightning_peft.engine import (
     slots,
 )
 from lightning_peft.engine.errors import nearest
-from lightning_peft.engine.inject import ModelT
+from lightning_peft.engine.record import ModelT
 from lightning_peft.engine.slots import Layer, Site, plain_name
 from lightning_peft.engine.state import refuse
 from lightning_peft.engine.targets import Target, sites

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_peft.engine import Layer, Target, adapter_state, adapters_of
-from lightning_peft.engine.inject import record_of
 from lightning_peft.engine.method import METHOD_STATE
+from lightning_peft.engine.record import record_of
 from lightning_peft.engine.slots import active_adapters, effective, holds_adapters
 from lightning_peft.engine.targets import candidates
 

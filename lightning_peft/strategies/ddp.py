@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_peft.engine import AdapterError, Method
-from lightning_peft.engine.inject import has_record
+from lightning_peft.engine.record import has_record
 from lightning_peft.engine.slots import is_slot
 from lightning_peft.interop.files import adapted_root
 from lightning_peft.strategies.averaging import AveragingStrategy

@@ -33,7 +33,7 @@ from lightning_peft.callbacks.checkpoints import base_tensors
 from lightning_peft.callbacks.sharding import check_sharding
 from lightning_peft.engine import AdapterError, Method, adapters_of
 from lightning_peft.engine.errors import joined
-from lightning_peft.engine.inject import has_record, record_of
+from lightning_peft.engine.record import has_record, record_of
 from lightning_peft.engine.slots import whole
 from lightning_peft.engine.state import remember_values
 from lightning_peft.interop.files import adapted_root

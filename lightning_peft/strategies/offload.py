@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.engine import AdapterError, Method
-from lightning_peft.engine.inject import has_record, owners_of
+from lightning_peft.engine.inject import owners_of
+from lightning_peft.engine.record import has_record
 from lightning_peft.engine.slots import base_parameters
 from lightning_peft.interop.files import adapted_root
 from lightning_peft.parts.blocks import find_blocks

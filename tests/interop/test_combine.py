@@ -32,7 +32,7 @@ from lightning_peft import (
     unload,
 )
 from lightning_peft.engine import Method, adapters_of
-from lightning_peft.engine.inject import record_of
+from lightning_peft.engine.record import record_of
 from tests.methods.backbones import assert_unchanged, snapshot
 
 # HF PEFT asks transformers by a name that is on its way out
