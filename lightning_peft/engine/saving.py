@@ -52,15 +52,16 @@ class SavePretrained:
     def __init__(self, model: Any, because: str | None) -> None:
         self.model, self.because = model, because
 
-    def __call__(self, save_directory: Any = None, **kwargs: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         write = type(self).write_checkpoint
         adapted = has_record(self.model) and record_of(self.model).merged is None
-        if "is_main_process" not in kwargs or write is None or not adapted:
-            if self.because is not None:
-                raise AdapterError(self.because)
-            type(self.model).save_pretrained(self.model, save_directory, **kwargs)
-        elif kwargs["is_main_process"]:
-            write(self.model, save_directory)
+        if "is_main_process" in kwargs and write is not None and adapted:
+            if kwargs["is_main_process"]:
+                write(self.model, args[0] if args else kwargs["save_directory"])
+            return None
+        if self.because is not None:
+            raise AdapterError(self.because)
+        return type(self.model).save_pretrained(self.model, *args, **kwargs)
 
 
 def let_loops_save(model: Any) -> None:
