@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.small_nets import Affine
-from lightning_peft.engine import Adapter, AdapterError, Layer, Target
+from lightning_peft.engine import Adapter, AdapterError, Layer, Target, Training
 from lightning_peft.engine.slots import base_class
 from lightning_peft.kernels.mixture_lora import mixture_lora
 from lightning_peft.parts.caches import CACHES
@@ -146,6 +146,20 @@ class EmbeddingExperts(Experts):
         h = F.embedding(x, A.T, padding_idx=layer.module.padding_idx).unflatten(-1, self.lora_A.shape[:2])
         h = F.dropout(h, self.dropout, self.training) * gates[..., None].to(h.dtype)
         return torch.einsum("bter, der -> btd", h, self.scaling * self.lora_B)
+
+
+def check_filled(training: Training, who: str) -> None:
+    """Raise an `AdapterError` when training begins with experts that are frozen and answer with zeros.
+
+    Then no gradient reaches the router, and nothing is learnt.
+    """
+    experts = [adapter for _, _, adapter in training.adapters() if isinstance(adapter, Experts)]
+    filled = (next(e.parameters(), None) is not None or (e.lora_A.any() and e.lora_B.any()) for e in experts)
+    if training.is_new("begun") and not any(filled):
+        raise AdapterError(
+            f"{who}: its experts are frozen, and nobody has filled them. Take trained ones with load_experts(model, "
+            "folders), or train them (train_experts=True)."
+        )
 
 
 class Seen(Adapter):

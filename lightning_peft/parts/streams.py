@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_peft.engine import TargetError
+from lightning_peft.engine import Target, TargetError
 from lightning_peft.engine.errors import nearest
+from lightning_peft.engine.limits import Patterns
 from lightning_peft.engine.slots import base_class
+from lightning_peft.engine.targets import ALL_LAYERS, ALL_LINEAR, is_below
 from lightning_peft.parts.blocks import find_blocks, stages_of
 from lightning_peft.parts.condition import TEXT, takes
 from lightning_peft.parts.layout import width_of
@@ -28,6 +30,21 @@ class TokenStream(NamedTuple):
     width: int
     last: str
     layers: list[str]
+
+    def inside(self, targets: list[Target], patterns: Patterns, who: str) -> list[Target]:
+        """Those of ``targets``, which ``patterns`` selected, that see the tokens. "All" means those.
+
+        Raises:
+            TargetError: there are none, or a pattern names one that need not see them.
+        """
+        inside = [t for t in targets if any(is_below(t.owner, layer) for layer in self.layers)]
+        outside = [t.name for t in targets if t not in inside]
+        if outside and (not inside or patterns not in (ALL_LINEAR, ALL_LAYERS)):
+            raise TargetError(
+                f"{who}: {outside[0]!r} is not in {self.layers[-1]!r} or its like, so it need not see every token. "
+                "Leave it out (exclude_modules), or use LoRA."
+            )
+        return inside
 
 
 def token_stream(model: nn.Module, who: str, module: str | None = None) -> TokenStream:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft import AdapterError, XLoRA, inject
 from lightning_peft.adapters.experts import Experts, Router
-from lightning_peft.engine import TargetError, adapters_of
+from lightning_peft.engine import TargetError, adapters_of, notify
 from tests.methods.backbones import TinyBlocks, backbone, call, moved, tiny
 
 CASES: dict[str, tuple[XLoRA, Any]] = {
@@ -113,6 +113,18 @@ def test_the_first_look_has_no_graph() -> None:
     router.layers[0].register_forward_hook(lambda module, args, answer: seen.append(args[0].requires_grad))
     model(torch.randn(2, 5, 7))
     assert seen == [False]
+
+
+def test_frozen_experts_that_nobody_filled_do_not_train() -> None:
+    method = XLoRA(num_experts=2, r=2, train_experts=False)
+    model = inject(tiny(method), method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AdapterError, match=r"Take trained ones with load_experts\(model, folders\)"):
+        notify(model, "on_train_batch_start", optimizer, step=0, epoch=0)
+    for _, _, adapter in adapters_of(model):
+        if isinstance(adapter, Experts):
+            nn.init.ones_(adapter.lora_B)
+    notify(model, "on_train_batch_start", optimizer, step=0, epoch=0)
 
 
 def test_embeddings_have_experts() -> None:

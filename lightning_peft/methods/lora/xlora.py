@@ -18,10 +18,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.experts import EmbeddingExperts, Experts, Router, RouterTarget, Seen, Shares
-from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, register
+from lightning_peft.adapters.experts import EmbeddingExperts, Experts, Router, RouterTarget, Seen, Shares, check_filled
+from lightning_peft.engine import Adapter, Kind, Target, TargetedMethod, TargetError, Training, register
 from lightning_peft.engine.limits import Count, Positive, Probability, check_range
-from lightning_peft.engine.targets import is_below, module_target
+from lightning_peft.engine.targets import module_target
 from lightning_peft.parts.streams import token_stream
 
 
@@ -30,7 +30,7 @@ from lightning_peft.parts.streams import token_stream
 class XLoRA(TargetedMethod):
     """Low-rank experts in each layer, mixed token by token by a classifier.
 
-    The model is run twice for each batch. Experts that were trained one by one come in by `load_experts`.
+    The model runs twice for each batch. Activation checkpoints have to be those of ``use_reentrant=False``.
 
     Args:
         num_experts: E, low-rank products in each layer.
@@ -43,24 +43,21 @@ class XLoRA(TargetedMethod):
         classifier_dropout: probability of dropping one of these in training.
         layerwise: a share of its own in each layer; else the same in all.
         softmax: shares are positive and add up to one; else they are the numbers that the classifier answers.
-        temperature: what these are divided by before the softmax; lower ones make sharper choices.
+        temperature: what these are divided by before the softmax.
         top_k: keep the largest shares of a token alone, the others are zero; None keeps all.
         softmax_top_k: a softmax over those that are kept.
         global_scaling_weight: factor of all shares.
         module: path of the part that embeds the text, where a model has several. All layers to adapt are inside.
-        target_modules, exclude_modules, layers_to_transform: see `TargetedMethod`; linear layers and embeddings.
-        modules_to_save: modules trained whole; a head that is new to the model belongs here (``"output-head"``).
+        target_modules, exclude_modules, layers_to_transform, modules_to_save: see `TargetedMethod`.
 
     Raises:
-        AdapterError: ``top_k`` exceeds the experts. In a call: it brings a cache (``generate(use_cache=False)``), or a
-            layer is given something else than the tokens.
+        AdapterError: ``top_k`` exceeds the experts; a call brings a cache, or a layer is given something else than the
+            tokens; training begins with frozen experts that nobody has filled.
         TargetError: the model neither embeds a text nor is one stack of blocks of tokens; or a layer is outside.
 
     >>> from torch import tensor
     >>> XLoRA(num_experts=3, temperature=0.5).gates(tensor([1.0, 2.0, 2.0]))  # 1 / (1 + 2 e^2), ...
     tensor([0.0634, 0.4683, 0.4683])
-    >>> XLoRA(num_experts=3, top_k=1, softmax=False).gates(tensor([1.0, 2.0, 3.0]))
-    tensor([0., 0., 3.])
     """
 
     paper: ClassVar[str] = "arXiv:2402.07148"
@@ -94,14 +91,7 @@ class XLoRA(TargetedMethod):
         """The part that is routed, what it looks at, and the layers with experts."""
         who = type(self).__name__
         stream = token_stream(model, who, self.module)
-        found = super().targets(model)
-        inside = [t for t in found if any(is_below(t.owner, outer) for outer in stream.layers)]
-        outside = [t.name for t in found if t not in inside]
-        if outside and (not inside or self.target_modules not in ("all-linear", "all-layers")):
-            raise TargetError(
-                f"{who}: {outside[0]!r} is not in {stream.layers[-1]!r} or its like, so it need not see every token. "
-                "Leave it out (exclude_modules), or use LoRA."
-            )
+        inside = stream.inside(super().targets(model), self.target_modules, who)
         part = module_target(model, stream.path, stream.width)
         router = RouterTarget(part.name, part.module, part.site, part.owner, len(inside))
         return [router, *([module_target(model, stream.last, stream.width)] if stream.last else []), *inside]
@@ -119,6 +109,10 @@ class XLoRA(TargetedMethod):
         experts = [self.adapter_types[t.site.kind](t, shares, i, *how) for i, t in enumerate(layers[len(seen) :])]
         classifier = self.sizes(part), self.num_experts, self.classifier_dropout, self.gates, who
         return [Router(part, shares, *classifier), *seen, *experts]
+
+    def on_train_batch_start(self, training: Training) -> None:
+        """See that the experts do something."""
+        check_filled(training, type(self).__name__)
 
     def gates(self, logits: Tensor) -> Tensor:
         """The shares of the experts, (..., E), where the classifier answers ``logits`` (..., E)."""
