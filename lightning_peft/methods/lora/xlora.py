@@ -8,7 +8,7 @@ Shapes:   h (B, T, D); g (B, T, E), or (B, T, L, E) with a share of its own for 
           lora_A (E, r, d_in), lora_B (d_out, E, r); the classifier is one linear layer D -> E, or ``depth`` of them
           with ReLU between, ``size`` features wide
 Init:     A_e ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B_e = 0, so y starts as the base; the classifier as ``nn.Linear``, its
-          biases at zero. `load_experts` starts from adapters that were trained before, as the paper
+          biases at zero. `load_experts` starts from adapters that were trained before, as in the paper
 Merge:    none: the shares depend on the token
 """
 
