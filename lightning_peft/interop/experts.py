@@ -1,17 +1,15 @@
 """Experts that were trained one by one, put under a router that shares them out."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_peft.adapters.experts import Experts
-from lightning_peft.engine import AdapterError, adapter_state, adapters_of, inject, load_adapter_state, unload
+from lightning_peft.engine import AdapterError, adapter_state, inject, load_adapter_state, unload
 from lightning_peft.engine.record import ModelT, has_record, record_of
-from lightning_peft.interop.files import read_adapter, unwrapped
+from lightning_peft.interop.files import adapted_root, read_adapter, unwrapped
 from lightning_peft.interop.hf_experts import factors_of, side_by_side
 from lightning_peft.interop.hf_format import BROUGHT, check_brought
-from lightning_peft.interop.untrusted import check_names, told_by
+from lightning_peft.interop.untrusted import check_names, check_patterns, told_by
 from lightning_peft.methods import XLoRA
 
 
@@ -36,34 +34,33 @@ def load_experts(
     """
     if isinstance(folders, str | Path) or not folders:
         raise AdapterError(f"load_experts: expected the folders of several adapters, got {folders!r}.")
-    if has_record(model) and name in record_of(model).injections:
+    target = adapted_root(model)
+    if has_record(target) and name in record_of(target).injections:
         raise AdapterError(f"load_experts: there is an adapter {name!r} already. unload it first, or name another.")
     read = [read_adapter(folder) for folder in folders]
-    experts = []
-    for folder, (_, config, tensors) in zip(folders, read, strict=True):
-        with told_by(folder):
-            experts.append(factors_of(config, tensors))
-    stacked = side_by_side(experts)
+    with told_by(", ".join(map(str, folders))):
+        for folder, (_, config, _) in zip(folders, read, strict=True):
+            check_patterns(config, str(folder))
+        stacked = side_by_side([factors_of(config, tensors) for _, config, tensors in read])
     r = next(iter(stacked.values()))[0].shape[1]
     mixed = dataclasses.replace(
         XLoRA(train_experts=False) if method is None else method,
-        num_experts=len(experts),
+        num_experts=len(read),
         r=r,
         alpha=None,
         target_modules=tuple(sorted(stacked)),
     )
-    check_names(mixed, model, ", ".join(map(str, folders)))
-    inject(model, mixed, name)
+    check_names(mixed, target, ", ".join(map(str, folders)))
+    inject(target, mixed, name)
     try:
-        state = {key: value.detach() for key, value in adapter_state(model, name).items()}
-        for path, _, adapter in adapters_of(model, name):
-            if isinstance(adapter, Experts):
-                A, B = next(both for module, both in stacked.items() if re.search(rf"(^|\.){re.escape(module)}$", path))
-                state |= {f"{path}.adapters.lora_A": A, f"{path}.adapters.lora_B": B}
+        state = {key: value.detach() for key, value in adapter_state(target, name).items()}
+        inner, prefix = unwrapped(target, state)
+        for module, (A, B) in stacked.items():
+            state |= {f"{prefix}{module}.adapters.lora_A": A, f"{prefix}{module}.adapters.lora_B": B}
         for _, _, tensors in read:
-            check_brought(unwrapped(model, state)[0], tensors, [key for key in tensors if key.endswith(BROUGHT)])
-        load_adapter_state(model, state, name)
+            check_brought(inner, tensors, [key for key in tensors if key.endswith(BROUGHT)])
+        load_adapter_state(target, state, name)
     except BaseException:
-        unload(model, name)
+        unload(target, name)
         raise
     return model

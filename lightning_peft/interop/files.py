@@ -350,6 +350,7 @@ def _with_experts(
                 f"its path into {CONFIG} under 'adapters'; one that is not absolute may be relative to {folder}."
             )
         _, own, values = _read_one(there[0])
+        check_patterns(own, str(there[0]))
         configs.append(own)
         tensors |= {EXPERT.format(i) + key: value for key, value in values.items()}
     return config | {"adapters": configs}, tensors

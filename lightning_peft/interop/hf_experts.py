@@ -1,5 +1,6 @@
 """X-LoRA of HF PEFT: a file with the classifier, and a folder for each of the experts, which are LoRA."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,19 @@ from torch.nn import functional as F
 
 from lightning_peft.adapters.experts import Experts, Router, Seen
 from lightning_peft.engine import AdapterFileError, Method
-from lightning_peft.interop.hf_format import BROUGHT, EXPERT, LORA_PLAIN, PREFIX, Found, Parts, Place, Row, read_alphas
+from lightning_peft.interop import hf_lora
+from lightning_peft.interop.hf_format import (
+    BROUGHT,
+    EXPERT,
+    LORA_PLAIN,
+    PREFIX,
+    Found,
+    Parts,
+    Place,
+    Row,
+    Unread,
+    read_alphas,
+)
 from lightning_peft.methods import XLoRA
 
 _CLASSIFIER = "internal_xlora_classifier"
@@ -30,7 +43,10 @@ def factors_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Fact
             f"an expert has to be a LoRA of HF PEFT's form, and one of these is {config.get('peft_type')!r}. Write it "
             "again with save_adapter(..., as_lora=True)."
         )
-    _EXPERT.check(config)
+    try:
+        _EXPERT.check(config)
+    except Unread as reason:
+        raise AdapterFileError(f"an expert cannot be mixed: {reason}") from None
     found: Factors = {}
     for key, value in tensors.items():
         if key.endswith(BROUGHT):
@@ -114,11 +130,8 @@ def _router_places(path: str, module: Any, adapter: Any, found: Found) -> dict[s
     return {f"layers.{key}": Place(f"{_CLASSIFIER}.{key}", shape) for key, shape in shapes.items()}
 
 
-_EXPERT = Row(
-    names=(),
-    read=_read,
-    required=("r",),
-    plain=LORA_PLAIN | {"use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")},
+_EXPERT = dataclasses.replace(
+    hf_lora.ROWS["LORA"], plain=LORA_PLAIN | {"use_dora": (False,), "init_lora_weights": hf_lora.PLAIN_STARTS}
 )
 ROWS = {
     "XLORA": Row(

@@ -153,11 +153,12 @@ def _triangular(weight: Tensor, target: Target, r: int, scaling: float) -> tuple
 
 # those that take a product out of the weight which follows from it; others draw it at random or measure it on data
 _STARTS = {"pissa": _principal, "olora": _triangular}
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the weight as it is
 
 
 def _unlike_lora(config: Mapping[str, Any]) -> str | None:
     start = config.get("init_lora_weights", True)
-    if start in (True, False, "gaussian", "eva", "orthogonal") or (start in _STARTS and not config.get("use_dora")):
+    if start in PLAIN_STARTS or (start in _STARTS and not config.get("use_dora")):
         return None
     text = f"the file was made with init_lora_weights={start!r}"
     if start in _STARTS:

@@ -62,6 +62,17 @@ def qwen2() -> nn.Module:
     return Qwen2ForCausalLM(config).double().eval()
 
 
+class Module(LightningModule):
+    """A model inside of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = llama()
+
+    def training_step(self, batch: Any) -> None:
+        pass
+
+
 BASES: dict[str, tuple[Any, tuple[list[str], list[str]]]] = {
     "llama": (llama, (["q_proj", "down_proj"], ["q_proj", "v_proj", "embed_tokens"])),
     "qwen2": (qwen2, (["q_proj", "up_proj"], ["o_proj"])),
@@ -135,14 +146,6 @@ def test_a_file_answers_as_in_hf_peft(name: str, settings: str, tmp_path: Path) 
 def test_a_file_fits_a_model_inside_of_another(tmp_path: Path) -> None:
     theirs, folder = mixed("llama", tmp_path, layerwise_scalings=True)
 
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = llama()
-
-        def training_step(self, batch: Any) -> None:
-            pass
-
     module = load_adapter(Module(), folder)
     torch.testing.assert_close(answer(module.net), answer(theirs), rtol=1e-9, atol=1e-9)
 
@@ -175,6 +178,29 @@ def test_a_file_that_lacks_something_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="one of these is 'XLORA'"):  # itself
         load_adapter(base, folder)
     assert_unchanged(base, before)
+
+
+def test_what_the_config_of_an_expert_says_is_checked(tmp_path: Path) -> None:
+    _, folder = mixed("llama", tmp_path)
+    base, own = llama(), tmp_path / "expert1" / "adapter_config.json"
+    before, config = snapshot(base), json.loads(own.read_text())
+    slow = {"alpha_pattern": {"(a+)+": 4}}
+    for change, because in (({"use_dora": True}, "cannot be mixed: .*use_dora=True"), (slow, r"\(a\+\)\+")):
+        own.write_text(json.dumps(config | change))
+        with pytest.raises(AdapterFileError, match=because):
+            load_adapter(base, folder)
+        with pytest.raises(AdapterFileError, match=because):
+            load_experts(base, [tmp_path / "expert0", tmp_path / "expert1"])
+    assert_unchanged(base, before)
+
+
+def test_a_module_of_lightning_gets_experts(tmp_path: Path) -> None:
+    folders = experts("llama", tmp_path)
+    module, plain = load_experts(Module(), folders), load_experts(llama(), folders)
+    for own, other in zip(module.parameters(), plain.parameters(), strict=True):
+        own.data.copy_(other.data)
+    torch.testing.assert_close(answer(module.net), answer(plain))
+    assert not torch.allclose(answer(plain), answer(llama()), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", BASES)
